@@ -1,0 +1,210 @@
+"""Tiny pipelines of the real classes with random weights, made in memory: no network, no files."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, PixArtTransformer2DModel, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+TOKENS = 77
+TEXT_WIDTH = 32
+
+
+def tokenizer() -> CLIPTokenizer:
+    """A CLIP tokenizer that knows single letters and the prompts' commonest pairs."""
+    letters = [chr(code) for code in range(33, 127)]
+    vocab = {token: index for index, token in enumerate([*letters, *[letter + "</w>" for letter in letters]])}
+    for pair in ("ca", "cat</w>", "do", "dog</w>", "re", "red</w>"):
+        vocab[pair] = len(vocab)
+    merges = [("c", "a"), ("ca", "t</w>"), ("d", "o"), ("do", "g</w>"), ("r", "e"), ("re", "d</w>")]
+    vocab["<|startoftext|>"] = len(vocab)
+    vocab["<|endoftext|>"] = len(vocab)
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TOKENS)
+
+
+def text_encoder(cls: type[Any] = CLIPTextModel, width: int = TEXT_WIDTH) -> Any:
+    last = len(tokenizer()) - 1
+    config = CLIPTextConfig(
+        vocab_size=last + 1,
+        hidden_size=width,
+        intermediate_size=37,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=TOKENS,
+        projection_dim=width,
+        bos_token_id=last - 1,
+        eos_token_id=last,
+        pad_token_id=last,
+    )
+    return cls(config).eval()
+
+
+def vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=32,
+    ).eval()
+
+
+def unet(**changes: Any) -> UNet2DConditionModel:
+    config: dict[str, Any] = {
+        "sample_size": 16,
+        "block_out_channels": (16, 32),
+        "layers_per_block": 1,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "cross_attention_dim": TEXT_WIDTH,
+        "attention_head_dim": 8,
+        "norm_num_groups": 8,
+    }
+    return UNet2DConditionModel(**{**config, **changes}).eval()
+
+
+def scheduler(name: str = "DDIM", **changes: Any) -> Any:
+    """A scheduler of diffusers, by the name of its class without 'Scheduler'."""
+    config: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    if name == "DDIM":
+        config.update(clip_sample=False, set_alpha_to_one=False)
+    if name == "PNDM":
+        config.update(skip_prk_steps=True)
+    return getattr(diffusers, name + "Scheduler")(**{**config, **changes})
+
+
+def _quiet(pipe: Any) -> Any:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def sd(cls: str = "StableDiffusionPipeline", seed: int = 0, **unet_changes: Any) -> Any:
+    torch.manual_seed(seed)
+    extra = {} if cls.startswith("Latent") else {"image_encoder": None}
+    return _quiet(
+        getattr(diffusers, cls)(
+            vae=vae(),
+            text_encoder=text_encoder(),
+            tokenizer=tokenizer(),
+            unet=unet(**unet_changes),
+            scheduler=DDIMScheduler.from_config(scheduler().config) if not extra else scheduler(),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+            **extra,
+        )
+    )
+
+
+def sdxl(cls: str = "StableDiffusionXLPipeline", seed: int = 0, **unet_changes: Any) -> Any:
+    torch.manual_seed(seed)
+    changes: dict[str, Any] = {
+        "cross_attention_dim": 2 * TEXT_WIDTH,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": TEXT_WIDTH + 6 * 8,
+        "transformer_layers_per_block": (2, 1),
+    }
+    return _quiet(
+        getattr(diffusers, cls)(
+            vae=vae(),
+            text_encoder=text_encoder(),
+            text_encoder_2=text_encoder(CLIPTextModelWithProjection),
+            tokenizer=tokenizer(),
+            tokenizer_2=tokenizer(),
+            unet=unet(**{**changes, **unet_changes}),
+            scheduler=scheduler(),
+            add_watermarker=False,
+        )
+    )
+
+
+def pixart_transformer(**changes: Any) -> PixArtTransformer2DModel:
+    config: dict[str, Any] = {
+        "sample_size": 8,
+        "num_layers": 2,
+        "patch_size": 2,
+        "attention_head_dim": 8,
+        "num_attention_heads": 3,
+        "caption_channels": TEXT_WIDTH,
+        "in_channels": 4,
+        "cross_attention_dim": 24,
+        "out_channels": 8,
+        "attention_bias": True,
+        "activation_fn": "gelu-approximate",
+        "num_embeds_ada_norm": 1000,
+        "norm_type": "ada_norm_single",
+        "norm_elementwise_affine": False,
+        "norm_eps": 1e-6,
+    }
+    return PixArtTransformer2DModel(**{**config, **changes}).eval()
+
+
+def pixart(cls: str = "PixArtAlphaPipeline", seed: int = 0, **transformer_changes: Any) -> Any:
+    """PixArt without tokenizer and text encoder: call it with `pixart_inputs`.
+
+    With ``sample_size=128`` the alpha pipeline also conditions on resolution and aspect ratio.
+    """
+    torch.manual_seed(seed)
+    return _quiet(
+        getattr(diffusers, cls)(
+            tokenizer=None,
+            text_encoder=None,
+            vae=vae(),
+            transformer=pixart_transformer(**transformer_changes),
+            scheduler=scheduler("DPMSolverMultistep"),
+        )
+    )
+
+
+def pixart_inputs(prompts: int = 1, seed: int = 1) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (prompts, 12, TEXT_WIDTH)
+    mask = torch.ones(prompts, 12)
+    mask[:, 9:] = 0
+    return {
+        "prompt": None,
+        "negative_prompt": None,
+        "prompt_embeds": torch.randn(shape, generator=generator),
+        "prompt_attention_mask": mask,
+        "negative_prompt_embeds": torch.randn(shape, generator=generator),
+        "negative_prompt_attention_mask": torch.ones(prompts, 12),
+        "use_resolution_binning": False,
+        "height": 16,
+        "width": 16,
+    }
+
+
+def text_inputs(prompts: int = 1) -> dict[str, Any]:
+    return {"prompt": ["a red cat", "two dogs", "a dog on a hill"][:prompts], "height": 16, "width": 16}
+
+
+MAKERS = {
+    "sd": sd,
+    "sdxl": sdxl,
+    "pixart-alpha": pixart,
+    "pixart-alpha-conditions": functools.partial(pixart, sample_size=128, use_additional_conditions=True),
+    "pixart-sigma": functools.partial(pixart, "PixArtSigmaPipeline"),
+}
+
+
+def make(family: str, seed: int = 0) -> Any:
+    return MAKERS[family](seed=seed)
+
+
+def inputs(family: str, prompts: int = 1) -> dict[str, Any]:
+    return pixart_inputs(prompts) if family.startswith("pixart") else text_inputs(prompts)
+
+
+def latents(pipe: Any, *, seed: int = 7, **kwargs: Any) -> torch.Tensor:
+    """The latents that one call of the pipeline ends with."""
+    generator = torch.Generator().manual_seed(seed)
+    result = pipe(**kwargs, generator=generator, output_type="latent", return_dict=False)[0]
+    assert torch.isfinite(result).all()
+    return result

@@ -1,0 +1,26 @@
+"""T-GATE for diffusers pipelines: two phases, two graphs, one line."""
+
+from .errors import ArgumentError, CompileError, StateError, TGateError, UnsupportedError
+from .pipeline import compile, disabled, gate, report, restore, sites, split
+from .report import Report, StepReport
+from .sites import SiteInfo
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "ArgumentError",
+    "CompileError",
+    "Report",
+    "SiteInfo",
+    "StateError",
+    "StepReport",
+    "TGateError",
+    "UnsupportedError",
+    "compile",
+    "disabled",
+    "gate",
+    "report",
+    "restore",
+    "sites",
+    "split",
+]

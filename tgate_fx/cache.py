@@ -1,0 +1,55 @@
+"""The cache: captured tensors in buffers that are allocated once per shape and never move."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+class StaticCache:
+    """Buffers for what a phase captures, one set for each combination of shapes, dtypes and devices.
+
+    A CUDA-graph replay overwrites the outputs of the replay before it, so a captured tensor must be copied out of the
+    graph before the next call; and it re-records if an input's address moves, so the copy must always land in the same
+    place. Both hold here on every device.
+    """
+
+    def __init__(self) -> None:
+        self._sets: dict[tuple[object, ...], tuple[torch.Tensor, ...]] = {}
+
+    def keep(self, captured: Sequence[torch.Tensor], *, merge: bool) -> tuple[torch.Tensor, ...]:
+        """Copy captured tensors into their buffers, and return the buffers.
+
+        Args:
+            captured: one tensor for each site, leading with the batch.
+            merge: the batch is [uncond, cond], and the mean of the two is kept (T-GATE's rule: the cache is the average
+                of the branches), so each buffer has half the rows.
+        """
+        key = (merge, *[(tensor.shape, tensor.dtype, tensor.device) for tensor in captured])
+        buffers = self._sets.get(key)
+        if buffers is None:
+            buffers = self._sets[key] = tuple([_buffer_for(tensor, merge) for tensor in captured])
+        for buffer, tensor in zip(buffers, captured, strict=True):
+            if merge:
+                uncond, cond = tensor.chunk(2)
+                torch.add(uncond, cond, out=buffer)
+                buffer.div_(2)
+            else:
+                buffer.copy_(tensor)
+        return buffers
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all buffers."""
+        return sum(buffer.nbytes for buffers in self._sets.values() for buffer in buffers)
+
+
+def _buffer_for(tensor: torch.Tensor, merge: bool) -> torch.Tensor:
+    rows = tensor.shape[0] // 2 if merge else tensor.shape[0]
+    # Under inference mode a new tensor could only ever be written under inference mode again.
+    with torch.inference_mode(False):
+        buffer = torch.empty((rows, *tensor.shape[1:]), dtype=tensor.dtype, device=tensor.device)
+    if buffer.is_cuda:
+        torch._dynamo.mark_static_address(buffer)
+    return buffer

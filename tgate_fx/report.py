@@ -1,0 +1,101 @@
+"""What the last generation did, step by step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One step of a generation.
+
+    Attributes:
+        index: which evaluation of the denoiser this was, from 0.
+        phase: "pre-gate" or "post-gate".
+        batch: the rows that the denoiser computed.
+        seconds: how long the denoiser took. On CUDA the time between two events on the stream; elsewhere wall-clock.
+        compiled: graphs compiled within this step; its seconds include compiling them.
+    """
+
+    index: int
+    phase: str
+    batch: int
+    seconds: float
+    compiled: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the last generation did. `print` it for a table.
+
+    Attributes:
+        steps: a row for each call of the denoiser.
+        compiled_graphs: graphs compiled for this pipeline so far, over all generations.
+        recompiles: graphs that the last generation compiled for a phase that had one before it began.
+        gate: index of the first gated step, None if no step was gated.
+        sites: how many modules are cached after the gate.
+        compiler: how the phases run: "eager", or the torch.compile settings in force.
+        cache_bytes: the size of all static caches of this pipeline.
+    """
+
+    steps: tuple[StepReport, ...] = ()
+    compiled_graphs: int = 0
+    recompiles: int = 0
+    gate: int | None = None
+    sites: int = 0
+    compiler: str = "eager"
+    cache_bytes: int = 0
+
+    def __str__(self) -> str:
+        lines = [
+            f"gate at step {self.gate}" if self.gate is not None else "not gated",
+            f"{self.sites} sites, {self.cache_bytes / 2**20:.2f} MiB cached, {self.compiler}, "
+            f"{self.compiled_graphs} graphs compiled, {self.recompiles} recompiles in this generation",
+            f"{'step':>5}  {'phase':<10}  {'batch':>5}  {'seconds':>10}",
+        ]
+        for step in self.steps:
+            note = f"  compiled {step.compiled}" if step.compiled else ""
+            lines.append(f"{step.index:>5}  {step.phase:<10}  {step.batch:>5}  {step.seconds:>10.4f}{note}")
+        return "\n".join(lines)
+
+
+@dataclass
+class StepClock:
+    """Collects a row for each step at a few microseconds a step; the rows are made when the report is read."""
+
+    _rows: list[tuple[int, str, int, int, Callable[[], float]]] = field(default_factory=list)
+
+    def start(self, device: torch.device) -> Any:
+        """Begin timing a step on this device."""
+        if device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            event.record()
+            return event
+        return time.perf_counter()
+
+    def stop(self, started: Any, index: int, phase: str, batch: int, compiled: int) -> None:
+        """End the step that `start` began, and note what it was."""
+        if isinstance(started, float):
+            seconds = time.perf_counter() - started
+            self._rows.append((index, phase, batch, compiled, lambda: seconds))
+        else:
+            ended = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            ended.record()
+            self._rows.append((index, phase, batch, compiled, lambda: _elapsed(started, ended)))
+
+    def steps(self) -> tuple[StepReport, ...]:
+        """The rows so far. On CUDA this waits for the last step to finish."""
+        return tuple(
+            StepReport(index, phase, batch, seconds(), compiled)
+            for index, phase, batch, compiled, seconds in self._rows
+        )
+
+
+def _elapsed(started: torch.cuda.Event, ended: torch.cuda.Event) -> float:
+    ended.synchronize()
+    return float(started.elapsed_time(ended)) / 1000

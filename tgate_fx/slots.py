@@ -1,0 +1,45 @@
+"""An instance-level ``forward`` on a module, installed in the innermost slot and taken out again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+# accelerate's hooks replace `module.forward` and keep the one they found here: beneath them is the place that
+# survives their being removed and added again (diffusers does so after every generation with CPU offload).
+_BENEATH_HOOK = "_old_forward"
+
+
+class ForwardSlot:
+    """One replacement of one module's ``forward``.
+
+    No module is added or wrapped: state_dict keys, module names and hooks stay as they are.
+
+    Attributes:
+        inner: the forward that was there before; call it to run the module as it was.
+    """
+
+    def __init__(self, module: nn.Module, replacement: Callable[..., Any]) -> None:
+        self.module = module
+        self.replacement = replacement
+        name = _BENEATH_HOOK if _BENEATH_HOOK in vars(module) else "forward"
+        self._was_class_forward = name not in vars(module)
+        self.inner: Callable[..., Any] = getattr(module, name)
+        setattr(module, name, replacement)
+
+    def remove(self) -> None:
+        """Put the earlier forward back, wherever hooks have moved the replacement to in the meantime.
+
+        Where some other code has wrapped the replacement in a forward of its own, it stays inside that wrapper:
+        it then only passes calls on.
+        """
+        attributes = vars(self.module)
+        if attributes.get("forward") is self.replacement:
+            if self._was_class_forward:
+                del self.module.forward
+            else:
+                self.module.forward = self.inner
+        elif attributes.get(_BENEATH_HOOK) is self.replacement:
+            setattr(self.module, _BENEATH_HOOK, self.inner)
