@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, PixArtTransformer2DModel, UNet2DConditionModel
+from diffusers import AutoencoderKL, PixArtTransformer2DModel, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 TOKENS = 77
@@ -68,14 +69,16 @@ def unet(**changes: Any) -> UNet2DConditionModel:
     return UNet2DConditionModel(**{**config, **changes}).eval()
 
 
-def scheduler(name: str = "DDIM", **changes: Any) -> Any:
+def scheduler(name: str = "DDIM") -> Any:
     """A scheduler of diffusers, by the name of its class without 'Scheduler'."""
     config: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    if name in ("DDIM", "PNDM"):
+        config.update(set_alpha_to_one=False, steps_offset=1)
     if name == "DDIM":
-        config.update(clip_sample=False, set_alpha_to_one=False)
+        config.update(clip_sample=False)
     if name == "PNDM":
         config.update(skip_prk_steps=True)
-    return getattr(diffusers, name + "Scheduler")(**{**config, **changes})
+    return getattr(diffusers, name + "Scheduler")(**config)
 
 
 def _quiet(pipe: Any) -> Any:
@@ -85,18 +88,17 @@ def _quiet(pipe: Any) -> Any:
 
 def sd(cls: str = "StableDiffusionPipeline", seed: int = 0, **unet_changes: Any) -> Any:
     torch.manual_seed(seed)
-    extra = {} if cls.startswith("Latent") else {"image_encoder": None}
+    lcm = cls.startswith("LatentConsistency")
     return _quiet(
         getattr(diffusers, cls)(
             vae=vae(),
             text_encoder=text_encoder(),
             tokenizer=tokenizer(),
-            unet=unet(**unet_changes),
-            scheduler=DDIMScheduler.from_config(scheduler().config) if not extra else scheduler(),
+            unet=unet(**({"time_cond_proj_dim": 8} if lcm else {}), **unet_changes),
+            scheduler=scheduler("LCM" if lcm else "DDIM"),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
-            **extra,
         )
     )
 
@@ -185,11 +187,22 @@ def text_inputs(prompts: int = 1) -> dict[str, Any]:
     return {"prompt": ["a red cat", "two dogs", "a dog on a hill"][:prompts], "height": 16, "width": 16}
 
 
-MAKERS = {
+MAKERS: dict[str, Callable[..., Any]] = {
     "sd": sd,
+    "sd-2.1": functools.partial(sd, use_linear_projection=True, attention_head_dim=[2, 4]),
+    "sd-img2img": functools.partial(sd, "StableDiffusionImg2ImgPipeline"),
+    "sd-inpaint": functools.partial(sd, "StableDiffusionInpaintPipeline"),
+    "sd-inpaint-9": functools.partial(sd, "StableDiffusionInpaintPipeline", in_channels=9),
+    "sd-lcm": functools.partial(sd, time_cond_proj_dim=8),
+    "lcm": functools.partial(sd, "LatentConsistencyModelPipeline"),
+    "lcm-img2img": functools.partial(sd, "LatentConsistencyModelImg2ImgPipeline"),
     "sdxl": sdxl,
-    "pixart-alpha": pixart,
-    "pixart-alpha-conditions": functools.partial(pixart, sample_size=128, use_additional_conditions=True),
+    "sdxl-img2img": functools.partial(sdxl, "StableDiffusionXLImg2ImgPipeline"),
+    "sdxl-inpaint": functools.partial(sdxl, "StableDiffusionXLInpaintPipeline"),
+    "sdxl-lcm": functools.partial(sdxl, time_cond_proj_dim=8),
+    "pixart-alpha": functools.partial(pixart, sample_size=128, use_additional_conditions=True),
+    "pixart-alpha-256": pixart,  # the 256-pixel checkpoints have no condition on the size
+    "pixart-alpha-lcm": pixart,
     "pixart-sigma": functools.partial(pixart, "PixArtSigmaPipeline"),
 }
 
@@ -199,12 +212,28 @@ def make(family: str, seed: int = 0) -> Any:
 
 
 def inputs(family: str, prompts: int = 1) -> dict[str, Any]:
-    return pixart_inputs(prompts) if family.startswith("pixart") else text_inputs(prompts)
+    """What a call of this family's pipeline needs, beside the number of steps."""
+    if family.startswith("pixart"):
+        return {**pixart_inputs(prompts), **({"guidance_scale": 0.0} if family.endswith("lcm") else {})}
+    result = text_inputs(prompts)
+    if "img2img" in family or "inpaint" in family:
+        del result["height"], result["width"]
+        generator = torch.Generator().manual_seed(3)
+        result["image"] = torch.rand((prompts, 3, 16, 16), generator=generator)
+        result["strength"] = 0.6
+    if "inpaint" in family:
+        result["mask_image"] = (torch.rand((prompts, 1, 16, 16), generator=generator) > 0.5).float()
+        result.update(height=16, width=16)
+    return result
+
+
+def denoiser(pipe: Any) -> Any:
+    return pipe.unet if hasattr(pipe, "unet") else pipe.transformer
 
 
 def latents(pipe: Any, *, seed: int = 7, **kwargs: Any) -> torch.Tensor:
     """The latents that one call of the pipeline ends with."""
     generator = torch.Generator().manual_seed(seed)
-    result = pipe(**kwargs, generator=generator, output_type="latent", return_dict=False)[0]
+    result: torch.Tensor = pipe(**kwargs, generator=generator, output_type="latent", return_dict=False)[0]
     assert torch.isfinite(result).all()
     return result

@@ -26,10 +26,12 @@ class StaticCache:
             merge: the batch is [uncond, cond], and the mean of the two is kept (T-GATE's rule: the cache is the average
                 of the branches), so each buffer has half the rows.
         """
-        key = (merge, *[(tensor.shape, tensor.dtype, tensor.device) for tensor in captured])
+        shapes = [_kept_shape(tensor, merge) for tensor in captured]
+        key = tuple((shape, tensor.dtype, tensor.device) for shape, tensor in zip(shapes, captured, strict=True))
         buffers = self._sets.get(key)
         if buffers is None:
-            buffers = self._sets[key] = tuple([_buffer_for(tensor, merge) for tensor in captured])
+            buffers = tuple([_buffer(shape, tensor) for shape, tensor in zip(shapes, captured, strict=True)])
+            self._sets[key] = buffers
         for buffer, tensor in zip(buffers, captured, strict=True):
             if merge:
                 uncond, cond = tensor.chunk(2)
@@ -45,11 +47,14 @@ class StaticCache:
         return sum(buffer.nbytes for buffers in self._sets.values() for buffer in buffers)
 
 
-def _buffer_for(tensor: torch.Tensor, merge: bool) -> torch.Tensor:
-    rows = tensor.shape[0] // 2 if merge else tensor.shape[0]
+def _kept_shape(tensor: torch.Tensor, merge: bool) -> tuple[int, ...]:
+    return (tensor.shape[0] // 2, *tensor.shape[1:]) if merge else tuple(tensor.shape)
+
+
+def _buffer(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
     # Under inference mode a new tensor could only ever be written under inference mode again.
     with torch.inference_mode(False):
-        buffer = torch.empty((rows, *tensor.shape[1:]), dtype=tensor.dtype, device=tensor.device)
+        buffer = torch.empty(shape, dtype=like.dtype, device=like.device)
     if buffer.is_cuda:
         torch._dynamo.mark_static_address(buffer)
     return buffer

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from .errors import CompileError
-from .families import first_input
+from .families import LATENTS, first_input
 from .schedule import Phase, Roles
 from .split import PhaseFunction, PhaseResult
 
@@ -103,7 +103,7 @@ class _Variant:
     pipelines that shared one would use up each other's share.
     """
 
-    def __init__(self, function: PhaseFunction, phase: Phase, settings: CompileSettings, device: torch.device) -> None:
+    def __init__(self, function: PhaseFunction, phase: Phase, settings: CompileSettings, latents: torch.Tensor) -> None:
         code = function.__code__.replace(co_name=phase.name.replace("-", "_"))
         self._phase = phase
         self._function = _with_code(function, code)
@@ -111,10 +111,11 @@ class _Variant:
             self._function,
             backend=PrunedBackend(settings.backend),
             mode=settings.mode,
-            options=settings.options_for(device),
+            options=settings.options_for(latents.device),
             dynamic=bool(settings.dynamic),
             fullgraph=True,
         )
+        self.layout = memory_format(latents)
         self.graphs = 0
         self.unguarded: PhaseFunction | None = None
 
@@ -197,6 +198,9 @@ class CompiledPhases:
         form = (form, id(cache), torch.is_inference_mode_enabled(), torch.is_grad_enabled())
         key = (phase.roles, None if self._settings.dynamic else form)
         variant = self._variants.get(key)
+        name, latents = first_input(inputs)
+        layout = memory_format(latents) if variant is None else variant.layout
+        inputs[name] = latents.contiguous(memory_format=layout)
         if self._replays:
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         if variant is not None and variant.unguarded is not None and self._checked.get(variant) == form:
@@ -211,13 +215,14 @@ class CompiledPhases:
         self, phase: Phase, cache: tuple[torch.Tensor, ...], inputs: dict[str, Any], key: object, form: object
     ) -> PhaseResult:
         """Run with every guard checked, compiling if need be."""
-        self._device = first_input(inputs).device
+        latents = first_input(inputs)[1]
+        self._device = latents.device
         self._replays = self._settings.replays(self._device)
         if not self._trusted:
             self._drop_stale()
         variant = self._variants.get(key)
         if variant is None or variant.full:
-            variant = _Variant(self._functions[phase.roles], phase, self._settings, self._device)
+            variant = _Variant(self._functions[phase.roles], phase, self._settings, latents)
         before = variant.graphs
         result = variant(cache, inputs)
         self._variants[key] = variant
@@ -246,9 +251,10 @@ class CompiledPhases:
 def canonical(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[object, ...]]:
     """The denoiser's inputs in the one form that is compiled for, and a description of that form.
 
-    Timesteps become float32 tensors (schedulers hand over int64 or float32) and every tensor contiguous (latents may
-    change their layout after the first step), so that neither costs a graph of its own. Two calls whose forms are equal
-    fit the same graph: names, types, shapes, dtypes, devices, values that are not tensors, and which tensors are one.
+    Timesteps become float32 tensors (schedulers hand over int64 or float32), so that neither costs a graph of its own,
+    and every tensor but the latents contiguous; the latents take the layout that the first call of the form had. Two
+    calls whose forms are equal then fit the same graph: names, types, shapes, dtypes, devices, values that are not
+    tensors, and which tensors are one.
     """
     tensors: list[torch.Tensor] = []
     result, form = _canonical(inputs, tensors)
@@ -265,7 +271,8 @@ def _canonical(inputs: Mapping[str, Any], tensors: list[torch.Tensor]) -> tuple[
         if name == "timestep":
             value = torch.as_tensor(value, dtype=torch.float32)
         if isinstance(value, torch.Tensor):
-            value = value.contiguous()
+            if name not in LATENTS:
+                value = value.contiguous()
             tensors.append(value)
             form.append((name, type(value), value.shape, value.dtype, value.device))
         elif isinstance(value, dict):
@@ -277,6 +284,13 @@ def _canonical(inputs: Mapping[str, Any], tensors: list[torch.Tensor]) -> tuple[
             form.append((name, id(value)))
         result[name] = value
     return result, tuple(form)
+
+
+def memory_format(latents: torch.Tensor) -> torch.memory_format:
+    """The layout of these latents: a VAE may encode an image into channels-last ones."""
+    if latents.ndim == 4 and not latents.is_contiguous() and latents.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format
 
 
 def fingerprint(module: nn.Module) -> tuple[object, ...]:

@@ -176,7 +176,7 @@ class Run:
         """One call of the denoiser, with the arguments that the pipeline gave."""
         inputs = dict(zip(self._dispatch.parameters, args, strict=False))
         inputs.update(kwargs)
-        latents = families.first_input(inputs)
+        _, latents = families.first_input(inputs)
         started = self.clock.start(latents.device)
         guided = families.guidance_active(self._pipe, self._request.guidance_scale)
         if self.steps == 0:
@@ -218,8 +218,8 @@ class Run:
         same = timestep is self._timestep and isinstance(timestep, torch.Tensor)
         if same or (self._expected is not None and self.steps >= self._expected):
             raise UnsupportedError(
-                f"{type(self._pipe).__name__} calls its denoiser several times a step: expected one call with the batch "
-                "[uncond, cond]. Use it with gate_step=None."
+                f"{type(self._pipe).__name__} calls its denoiser several times a step: expected one call with the "
+                "batch [uncond, cond]. Use it with gate_step=None."
             )
         self._timestep = timestep
 

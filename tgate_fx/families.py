@@ -27,11 +27,13 @@ _NOT_PLAIN_GUIDANCE = {
     "editing_prompt": "semantic guidance, which adds a branch for each edit to the batch",
 }
 
+# The denoiser's first input.
+LATENTS = ("sample", "hidden_states")
+
 # Inputs of a denoiser whose rows are those of the batch, or a multiple of them.
 _BATCHED = frozenset(
     (
-        "sample",
-        "hidden_states",
+        *LATENTS,
         "encoder_hidden_states",
         "encoder_attention_mask",
         "attention_mask",
@@ -71,8 +73,9 @@ def check_not_compiled(attribute: str, denoiser: nn.Module) -> None:
     """Raise `UnsupportedError` if torch.compile runs this module already, past any instance-level forward."""
     if hasattr(denoiser, "_orig_mod") or getattr(denoiser, "_compiled_call_impl", None) is not None:
         raise UnsupportedError(
-            f"pipe.{attribute} is compiled by torch.compile already, so its gate would never be seen: expected the plain "
-            "module. Load the pipeline without compiling it, then call tgate_fx.compile(pipe), which compiles each phase."
+            f"pipe.{attribute} is compiled by torch.compile already, so its gate would never be seen: expected the "
+            "plain module. Load the pipeline without compiling it, then call tgate_fx.compile(pipe), which compiles "
+            "each phase."
         )
 
 
@@ -171,13 +174,15 @@ def step_count(pipe: Any) -> int | None:
     return len(timesteps) - (getattr(pipe.scheduler, "begin_index", None) or 0)
 
 
-def first_input(inputs: Mapping[str, Any]) -> torch.Tensor:
-    """The latents among the denoiser's inputs."""
-    for name in ("sample", "hidden_states"):
+def first_input(inputs: Mapping[str, Any]) -> tuple[str, torch.Tensor]:
+    """The name and value of the latents among the denoiser's inputs."""
+    for name in LATENTS:
         if isinstance(inputs.get(name), torch.Tensor):
-            latents: torch.Tensor = inputs[name]
-            return latents
-    raise StateError(f"The denoiser was given {', '.join(inputs)}: expected its latents as sample or hidden_states.")
+            return name, inputs[name]
+    raise StateError(
+        f"The denoiser was given {', '.join(inputs)}: expected its latents as {' or '.join(LATENTS)}. Call the "
+        "pipeline as diffusers documents it."
+    )
 
 
 @contextmanager

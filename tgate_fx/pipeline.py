@@ -25,6 +25,7 @@ from .split import split as split_functions
 Pipeline = TypeVar("Pipeline")
 
 _ATTRIBUTE = "_tgate"
+_PLAIN_CLASS = "_tgate_plain_class"
 
 
 def gate(
@@ -39,8 +40,8 @@ def gate(
     Args:
         pipe: a diffusers pipeline with a UNet or a diffusion transformer that has cross-attention.
         gate_step: index of the first gated step, ≥ 1, counted in evaluations of the denoiser from 0 (schedulers of
-            order 2, such as Heun, evaluate it twice a step; PNDM once more than it has steps). A float in (0, 1) is that
-            share of the evaluations, rounded, at least 1. None, or as many as there are evaluations: never gated.
+            order 2, such as Heun, evaluate it twice a step; PNDM once more than it has steps). A float in (0, 1) is
+            that share of the evaluations, rounded, at least 1. None, or as many as there are evaluations: never gated.
         after_gate: which guidance branch goes on after the gate. "negative" (upstream's rule) or "positive": that
             branch alone, with the mean of both branches' cross-attention outputs as its cache; they differ only where
             the conditioning reaches the denoiser in another way than by cross-attention, as in SDXL. "both": the whole
@@ -57,7 +58,7 @@ def gate(
     return _install(pipe, gate_step, after_gate, None, unknown)
 
 
-def compile(  # noqa: A001 (the name users know from torch)
+def compile(
     pipe: Pipeline,
     gate_step: int | float | None = 10,
     *,
@@ -158,8 +159,8 @@ def split(denoiser: nn.Module) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
     Returns:
         ``pre(*args, **kwargs) -> (output, cache)``: the denoiser on the whole batch, and the tuple of its
-        cross-attentions' outputs in the order of `sites`; each is [rows, tokens, channels], for whichever rows the batch
-        has. ``post(cache, *args, **kwargs) -> output``: the denoiser with these outputs instead of its
+        cross-attentions' outputs in the order of `sites`; each is [rows, tokens, channels], for whichever rows the
+        batch has. ``post(cache, *args, **kwargs) -> output``: the denoiser with these outputs instead of its
         cross-attentions. To go on with one branch of a guidance batch, T-GATE gives ``post`` the mean of each cached
         tensor's two halves, and one half of every other input.
 
@@ -185,6 +186,9 @@ class _Gated:
         self.attribute, self.denoiser = families.find_denoiser(pipe)
         self.parameters = inspect.signature(type(pipe).__call__).parameters
         families.check_guidance_form(pipe, self.parameters)
+        self.plain_class = type(pipe)
+        base: type[Any] = getattr(self.plain_class, _PLAIN_CLASS, None) or self.plain_class
+        self.gated_class = _gated_class(base)
         self.dispatch = dispatch = Dispatch.install(self.denoiser)
         functions = {
             phase.roles: phase_function(dispatch.sites, dispatch.inner, phase.roles) for phase in (PRE_GATE, POST_GATE)
@@ -217,9 +221,9 @@ class _Gated:
                 run.cut = False
             if run.steps == 0:
                 raise StateError(
-                    f"The generation ended without a call of pipe.{self.attribute} through tgate_fx, so nothing was gated: "
-                    "expected the forward of the denoiser to be the one that was gated. Call tgate_fx.restore(pipe) and "
-                    "gate it again after whatever replaced it."
+                    f"The generation ended without a call of pipe.{self.attribute} through tgate_fx, so nothing was "
+                    "gated: expected the forward of the denoiser to be the one that was gated. Call "
+                    "tgate_fx.restore(pipe) and gate it again after whatever replaced it."
                 )
             return result
 
@@ -228,8 +232,8 @@ class _Gated:
         """Generations of one pipeline from several threads follow one another: its scheduler and cache serve one."""
         if self._thread == threading.get_ident():
             raise StateError(
-                "This pipeline is in the middle of a generation: expected that to end before it is called again. Do not "
-                "call a pipeline from its own callback."
+                "This pipeline is in the middle of a generation: expected that to end before it is called again. Do "
+                "not call a pipeline from its own callback."
             )
         with self._generating:
             self._thread = threading.get_ident()
@@ -264,15 +268,14 @@ class _Gated:
 
     def remove(self, pipe: Any) -> None:
         """Take this gate off its pipeline."""
-        base = type(pipe).__mro__[1]
-        if type(pipe) is not _gated_class(base):
+        if type(pipe) is not self.gated_class:
             raise StateError(
-                f"The class of this {base.__name__} was changed after it was gated: expected it unchanged. Undo first "
-                "what was installed on the pipeline last."
+                f"The class of this {self.plain_class.__name__} was changed after it was gated: expected it unchanged. "
+                "Undo first what was installed on the pipeline last."
             )
         with self._one_at_a_time():
             self.dispatch.release()
-            pipe.__class__ = base
+            pipe.__class__ = self.plain_class
             del vars(pipe)[_ATTRIBUTE]
 
 
@@ -301,16 +304,17 @@ def _install(
 ) -> Pipeline:
     if unknown:
         raise ArgumentError(
-            f"Unknown keyword {', '.join(unknown)}: expected the keywords that tgate_fx.gate or tgate_fx.compile documents."
+            f"Unknown keyword {', '.join(unknown)}: expected the keywords that tgate_fx.gate or tgate_fx.compile "
+            "documents."
         )
     if _ATTRIBUTE in getattr(pipe, "__dict__", {}):
         raise StateError(
-            f"This {type(pipe).__name__} is gated already: expected one that is not. Call tgate_fx.restore(pipe) first; "
-            "to change the gate for one call, use pipe(..., gate_step=...)."
+            f"This {type(pipe).__name__} is gated already: expected one that is not. Call tgate_fx.restore(pipe) "
+            "first; to change the gate for one call, use pipe(..., gate_step=...)."
         )
     gated = _Gated(pipe, check_gate_step(gate_step), check_after_gate(after_gate), settings)
     vars(pipe)[_ATTRIBUTE] = gated
-    pipe.__class__ = _gated_class(type(pipe))  # type: ignore[arg-type]
+    pipe.__class__ = gated.gated_class
     return pipe
 
 
@@ -331,6 +335,7 @@ def _gated_class(base: type[Any]) -> type[Any]:
 
     __call__.__signature__ = _with_gate_step(inspect.signature(base.__call__))  # type: ignore[attr-defined]
     attributes: dict[str, Any] = {"__call__": __call__, "__module__": base.__module__, "__doc__": base.__doc__}
+    attributes[_PLAIN_CLASS] = base
     if isinstance(getattr(base, "guidance_rescale", None), property):
 
         def guidance_rescale(self: Any) -> Any:

@@ -84,22 +84,32 @@ class Site:
         role = sites.roles[self._index]
         if role is Role.REUSE:
             return sites.values[self._index]
+        if role is Role.LIVE:
+            return self._inner(*args, **kwargs)
+        self._check_text(args, kwargs)
         output = self._inner(*args, **kwargs)
-        if role is Role.CAPTURE:
-            self._check(args, kwargs, output)
-            sites.values[self._index] = output
+        self._check_output(output)
+        sites.values[self._index] = output
         return output
 
-    def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Refuse a module that turns out, when it runs, not to be a cross-attention with one constant to cache."""
+    def _check_text(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         query = args[0] if args else kwargs.get("hidden_states")
         context = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states", kwargs.get("context"))
         if context is None or context is query:
-            raise UnsupportedError(f"{self.name} looks like a cross-attention but was given no text to attend to.")
+            raise UnsupportedError(
+                f"{self.name} is named as a cross-attention but was given no text to attend to: expected one that is. "
+                "Call the denoiser with its text, or leave this model ungated."
+            )
+
+    def _check_output(self, output: Any) -> None:
         if not isinstance(output, torch.Tensor):
-            raise UnsupportedError(f"{self.name} returned {type(output).__name__}: expected one tensor to cache.")
+            raise UnsupportedError(
+                f"{self.name} returned {type(output).__name__}: expected one tensor to cache. Leave this model ungated."
+            )
         if self._sites.values[self._index] is not None:
-            raise UnsupportedError(f"{self.name} ran more than once in one call of the denoiser: expected once.")
+            raise UnsupportedError(
+                f"{self.name} ran more than once in one call of the denoiser: expected once. Turn off what repeats it."
+            )
 
     def remove(self) -> None:
         """Give the module its own ``forward`` back."""

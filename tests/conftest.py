@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _seeded_and_fresh() -> Iterator[None]:
+    """Each test begins with the same random state and leaves no compiled graph behind."""
+    torch.manual_seed(0)
+    yield
+    torch._dynamo.reset()
+
+
+class CountingBackend:
+    """A torch.compile backend that runs graphs as they are, and keeps them."""
+
+    def __init__(self) -> None:
+        self.graphs: list[torch.fx.GraphModule] = []
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
+        self.graphs.append(graph)
+        return graph.forward
+
+
+@pytest.fixture
+def backend() -> CountingBackend:
+    return CountingBackend()

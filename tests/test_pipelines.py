@@ -1,0 +1,223 @@
+"""Gated pipelines of every kind, eager, against the plain reference and against the untouched pipeline."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import tgate_fx
+from tests import reference, tiny
+
+STEPS = 8
+UNGUIDED = ("lcm", "lcm-img2img", "sd-lcm", "sdxl-lcm", "pixart-alpha-lcm")
+
+
+def gated_and_expected(family: str, gate: int, after_gate: str = "negative", **extra: Any) -> tuple[Any, Any]:
+    kwargs = {**tiny.inputs(family, 2), "num_inference_steps": STEPS, **extra}
+    pipe = tgate_fx.gate(tiny.make(family), gate_step=gate, after_gate=after_gate)
+    guided = family not in UNGUIDED and kwargs.get("guidance_scale", 5.0) > 1
+    plain = reference.gate(tiny.make(family), gate, guided=guided, after_gate=after_gate)
+    return tiny.latents(pipe, **kwargs), tiny.latents(plain, **kwargs)
+
+
+@pytest.mark.parametrize("family", tiny.MAKERS)
+def test_every_family_equals_the_reference(family: str) -> None:
+    got, expected = gated_and_expected(family, gate=2)
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("after_gate", ["positive", "both"])
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd-inpaint-9", "pixart-alpha", "pixart-sigma"])
+def test_other_branches_after_the_gate(family: str, after_gate: str) -> None:
+    got, expected = gated_and_expected(family, 3, after_gate)
+    assert torch.equal(got, expected)
+
+
+def test_the_branch_matters_where_conditioning_is_not_by_cross_attention_alone() -> None:
+    results = {
+        after_gate: gated_and_expected("sdxl", 3, after_gate)[0] for after_gate in ("negative", "positive", "both")
+    }
+    assert not torch.equal(results["negative"], results["positive"])
+    assert not torch.equal(results["negative"], results["both"])
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl", "pixart-alpha", "lcm-img2img", "sd-inpaint"])
+def test_never_gated_equals_the_untouched_pipeline(family: str) -> None:
+    kwargs = {**tiny.inputs(family, 2), "num_inference_steps": STEPS}
+    pipe = tiny.make(family)
+    expected = tiny.latents(pipe, **kwargs)
+    tgate_fx.gate(pipe, gate_step=2)
+    gated = tiny.latents(pipe, **kwargs)
+    assert not torch.equal(gated, expected)
+    for gate_step in (None, STEPS, STEPS + 5):
+        assert torch.equal(tiny.latents(pipe, **kwargs, gate_step=gate_step), expected)
+    with tgate_fx.disabled(pipe):
+        assert torch.equal(tiny.latents(pipe, **kwargs), expected)
+        assert torch.equal(tiny.latents(pipe, **kwargs, gate_step=3), expected)
+    assert torch.equal(tiny.latents(pipe, **kwargs), gated)
+
+
+@pytest.mark.parametrize("gate_step", [1, 3, 0.5, None])
+def test_override_for_one_call(gate_step: int | float | None) -> None:
+    kwargs = {**tiny.inputs("sd"), "num_inference_steps": STEPS}
+    pipe = tgate_fx.gate(tiny.sd(), gate_step=5)
+    before = tiny.latents(pipe, **kwargs)
+    expected = tiny.latents(tgate_fx.gate(tiny.sd(), gate_step=gate_step), **kwargs)
+    assert torch.equal(tiny.latents(pipe, **kwargs, gate_step=gate_step), expected)
+    assert torch.equal(tiny.latents(pipe, **kwargs), before)
+
+
+@pytest.mark.parametrize(
+    ("family", "extra", "steps"),
+    [
+        ("sd", {"num_inference_steps": 6}, 6),
+        ("sd-img2img", {"num_inference_steps": 10, "strength": 0.5}, 5),
+        ("sd-inpaint", {"num_inference_steps": 10, "strength": 0.4}, 4),
+        ("sdxl-img2img", {"num_inference_steps": 10, "strength": 0.5}, 5),
+        ("sdxl", {"num_inference_steps": 10, "denoising_end": 0.6}, 6),
+        ("pixart-alpha", {"num_inference_steps": 7}, 7),
+    ],
+)
+def test_a_share_is_of_the_steps_that_are_run(family: str, extra: dict[str, Any], steps: int) -> None:
+    pipe = tgate_fx.gate(tiny.make(family), gate_step=0.5)
+    tiny.latents(pipe, **{**tiny.inputs(family), **extra})
+    report = tgate_fx.report(pipe)
+    assert len(report.steps) == steps
+    assert report.gate == round(steps / 2)
+
+
+@pytest.mark.parametrize(("scheduler", "evaluations"), [("HeunDiscrete", 11), ("PNDM", 7), ("EulerDiscrete", 6)])
+def test_steps_are_evaluations_of_the_denoiser(scheduler: str, evaluations: int) -> None:
+    pipe = tiny.sd()
+    pipe.scheduler = tiny.scheduler(scheduler)
+    tgate_fx.gate(pipe, gate_step=0.5)
+    tiny.latents(pipe, **tiny.inputs("sd"), num_inference_steps=6)
+    assert [step.index for step in tgate_fx.report(pipe).steps] == list(range(evaluations))
+    assert tgate_fx.report(pipe).gate == round(evaluations / 2)
+
+
+@pytest.mark.parametrize("custom", [{"timesteps": [900, 700, 400, 100]}, {"sigmas": [14.0, 8.0, 2.0, 0.5, 0.0]}])
+def test_custom_timesteps_are_counted(custom: dict[str, Any]) -> None:
+    pipe = tiny.sd()
+    pipe.scheduler = tiny.scheduler("EulerDiscrete")
+    tgate_fx.gate(pipe, gate_step=0.5)
+    tiny.latents(pipe, **tiny.inputs("sd"), **custom)
+    assert [step.phase for step in tgate_fx.report(pipe).steps] == ["pre-gate"] * 2 + ["post-gate"] * 2
+
+
+def test_guidance_may_change_from_call_to_call() -> None:
+    pipe = tgate_fx.gate(tiny.sd(), gate_step=3)
+    for scale in (7.5, 1.0, 0.0, 3.0):
+        kwargs = {**tiny.inputs("sd", 2), "num_inference_steps": STEPS, "guidance_scale": scale}
+        expected = tiny.latents(reference.gate(tiny.sd(), 3, guided=scale > 1), **kwargs)
+        assert torch.equal(tiny.latents(pipe, **kwargs), expected)
+        assert tgate_fx.report(pipe).steps[0].batch == (4 if scale > 1 else 2)
+        assert tgate_fx.report(pipe).steps[-1].batch == 2
+
+
+def test_guidance_scale_given_by_position() -> None:
+    """PixArt decides by the bound argument alone."""
+    pipe = tgate_fx.gate(tiny.pixart(), gate_step=2)
+    kwargs = tiny.pixart_inputs()
+    position = (kwargs.pop("prompt"), kwargs.pop("negative_prompt"), 4, None, None, 1.0)
+    pipe(*position, **kwargs, output_type="latent")
+    assert [step.batch for step in tgate_fx.report(pipe).steps] == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["sd", "sdxl", "pixart-alpha"])
+def test_half_precision(family: str, dtype: torch.dtype) -> None:
+    kwargs = {**tiny.inputs(family), "num_inference_steps": 6}
+    for name, value in kwargs.items():
+        if isinstance(value, torch.Tensor) and name.endswith("embeds"):
+            kwargs[name] = value.to(dtype)
+    got = tiny.latents(tgate_fx.gate(tiny.make(family).to(dtype), gate_step=2), **kwargs)
+    expected = tiny.latents(reference.gate(tiny.make(family).to(dtype), 2, guided=True), **kwargs)
+    assert got.dtype == dtype
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("output_type", ["pil", "np", "pt", "latent"])
+@pytest.mark.parametrize("return_dict", [True, False])
+def test_every_kind_of_output(output_type: str, return_dict: bool) -> None:
+    def images(pipe: Any) -> Any:
+        result = pipe(
+            **tiny.inputs("sd"),
+            num_inference_steps=4,
+            generator=torch.Generator().manual_seed(1),
+            output_type=output_type,
+            return_dict=return_dict,
+        )
+        return result.images if return_dict else result[0]
+
+    got = images(tgate_fx.gate(tiny.sd(), gate_step=2))
+    expected = images(reference.gate(tiny.sd(), 2, guided=True))
+    assert type(got) is type(expected)
+    if output_type == "pil":
+        assert isinstance(got[0], Image.Image)
+        got, expected = np.asarray(got[0]), np.asarray(expected[0])
+    assert np.array_equal(np.asarray(got), np.asarray(expected))
+
+
+def test_callbacks_see_every_step_and_may_change_the_latents() -> None:
+    seen: list[int] = []
+
+    def callback(pipe: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        seen.append(index)
+        return {"latents": values["latents"] * 0.9}
+
+    kwargs = {**tiny.inputs("sd", 2), "num_inference_steps": 5, "callback_on_step_end": callback}
+    got = tiny.latents(tgate_fx.gate(tiny.sd(), gate_step=2), **kwargs)
+    assert seen == [0, 1, 2, 3, 4]
+    assert torch.equal(got, tiny.latents(reference.gate(tiny.sd(), 2, guided=True), **kwargs))
+
+
+def test_a_callback_that_drops_guidance_before_the_gate() -> None:
+    """What diffusers' SDCFGCutoffCallback does: from then on the batch is the conditional branch alone."""
+    from diffusers.callbacks import SDCFGCutoffCallback
+
+    callback = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=1)
+    pipe = tgate_fx.gate(tiny.sd(), gate_step=4)
+    tiny.latents(pipe, **tiny.inputs("sd"), num_inference_steps=6, callback_on_step_end=callback)
+    assert [step.batch for step in tgate_fx.report(pipe).steps] == [2, 2, 1, 1, 1, 1]
+    assert tgate_fx.report(pipe).gate == 4
+
+
+def test_prompt_embeddings_given_directly() -> None:
+    pipe = tiny.sd()
+    with torch.no_grad():
+        embeds, negative = pipe.encode_prompt("a cat", torch.device("cpu"), 1, True, "a dog")
+    kwargs = {"prompt_embeds": embeds, "negative_prompt_embeds": negative, "height": 16, "width": 16}
+    expected = tiny.latents(
+        tgate_fx.gate(tiny.sd(), 2), prompt="a cat", negative_prompt="a dog", height=16, width=16, num_inference_steps=5
+    )
+    assert torch.equal(tiny.latents(tgate_fx.gate(pipe, 2), **kwargs, num_inference_steps=5), expected)
+
+
+def test_resolution_and_batch_may_change_from_call_to_call() -> None:
+    pipe = tgate_fx.gate(tiny.sd(), gate_step=2)
+    for prompts, size in ((1, 16), (2, 24), (1, 16), (3, 32)):
+        kwargs = {**tiny.inputs("sd", prompts), "height": size, "width": 16, "num_inference_steps": 4}
+        expected = tiny.latents(reference.gate(tiny.sd(), 2, guided=True), **kwargs)
+        assert torch.equal(tiny.latents(pipe, **kwargs), expected)
+
+
+def test_the_denoiser_may_return_its_output_class() -> None:
+    """Some pipelines take `.sample` of the output instead of asking for a tuple."""
+    pipe = tiny.sd()
+    kwargs = {**tiny.inputs("sd", 2), "num_inference_steps": 4}
+    expected = tiny.latents(tgate_fx.gate(tiny.sd(), 2), **kwargs)
+    tgate_fx.gate(pipe, 2)
+    dispatched = pipe.unet.forward
+
+    class Tuple:
+        def __call__(self, *args: Any, return_dict: bool = True, **kw: Any) -> Any:
+            assert not return_dict
+            return (dispatched(*args, **kw).sample,)
+
+    pipe.unet.forward = Tuple()
+    assert torch.equal(tiny.latents(pipe, **kwargs), expected)

@@ -1,0 +1,315 @@
+"""What is refused, in which words, and that the pipeline is as usable afterwards as before."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch import nn
+
+import tgate_fx
+from tests import tiny
+
+KWARGS = {**tiny.inputs("sd"), "num_inference_steps": 5}
+
+
+@pytest.fixture
+def pipe() -> Any:
+    return tiny.sd()
+
+
+@pytest.fixture
+def plain() -> torch.Tensor:
+    return tiny.latents(tiny.sd(), **KWARGS)
+
+
+def says(*parts: str) -> str:
+    return "(?s)" + ".*".join(map(re.escape, parts))
+
+
+@pytest.mark.parametrize("how", [tgate_fx.gate, tgate_fx.compile])
+@pytest.mark.parametrize("value", [0, -3, True, 1.0, 0.0, 2.5, "5"])
+def test_gate_steps(how: Any, value: Any, pipe: Any, plain: torch.Tensor) -> None:
+    with pytest.raises(
+        tgate_fx.TGateError, match=says(f"gate_step={value!r}", type(value).__name__, "expected an int")
+    ):
+        how(pipe, gate_step=value)
+    assert type(pipe) is diffusers.StableDiffusionPipeline
+    assert torch.equal(tiny.latents(pipe, **KWARGS), plain)
+    tgate_fx.gate(pipe, gate_step=2)
+    expected = tiny.latents(pipe, **KWARGS)
+    with pytest.raises(ValueError, match=says(f"gate_step={value!r}", "expected an int")):
+        pipe(**KWARGS, gate_step=value)
+    assert torch.equal(tiny.latents(pipe, **KWARGS), expected)
+
+
+@pytest.mark.parametrize("how", [tgate_fx.gate, tgate_fx.compile])
+def test_unknown_keywords(how: Any, pipe: Any) -> None:
+    with pytest.raises(tgate_fx.ArgumentError, match=says("Unknown keyword gate_stepp, interval", "expected")):
+        how(pipe, gate_stepp=3, interval=2)
+    with pytest.raises(tgate_fx.ArgumentError, match=says("after_gate='cond'", "'negative', 'positive', 'both'")):
+        how(pipe, after_gate="cond")
+
+
+def test_mode_and_options_together(pipe: Any) -> None:
+    with pytest.raises(tgate_fx.ArgumentError, match=says("mode='max-autotune'", "options={", "one of them")):
+        tgate_fx.compile(pipe, mode="max-autotune", options={"freezing": True})
+    assert type(pipe) is diffusers.StableDiffusionPipeline
+
+
+def test_gating_twice(pipe: Any) -> None:
+    tgate_fx.gate(pipe, 2)
+    expected = tiny.latents(pipe, **KWARGS)
+    for how in (tgate_fx.gate, tgate_fx.compile):
+        with pytest.raises(tgate_fx.StateError, match=says("gated already", "tgate_fx.restore(pipe)", "gate_step=")):
+            how(pipe, 3)
+    assert torch.equal(tiny.latents(pipe, **KWARGS), expected)
+
+
+def test_what_is_not_gated(pipe: Any) -> None:
+    for function in (tgate_fx.restore, tgate_fx.report, lambda pipe: tgate_fx.disabled(pipe).__enter__()):
+        with pytest.raises(tgate_fx.StateError, match=says("StableDiffusionPipeline is not gated", "tgate_fx.gate")):
+            function(pipe)
+        with pytest.raises(tgate_fx.StateError, match="This int is not gated"):
+            function(3)
+    tgate_fx.gate(pipe)
+    tgate_fx.restore(pipe)
+    with pytest.raises(RuntimeError, match="is not gated"):
+        tgate_fx.restore(pipe)
+
+
+class NoDenoiser(diffusers.DiffusionPipeline):
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.register_modules(vae=vae)
+
+    def __call__(self) -> None: ...
+
+
+@pytest.mark.parametrize("make", [lambda: NoDenoiser(tiny.vae()), object, lambda: "pipe", tiny.unet, lambda: None])
+def test_without_a_denoiser(make: Any) -> None:
+    thing = make()
+    with pytest.raises(
+        tgate_fx.UnsupportedError, match=says(type(thing).__name__, "no denoiser", "unet or a transformer")
+    ):
+        tgate_fx.gate(thing)
+
+
+def test_a_denoiser_without_cross_attention(pipe: Any, plain: torch.Tensor) -> None:
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "mid_block_type": None}
+    without = tiny.sd(**blocks)
+    with pytest.raises(tgate_fx.UnsupportedError, match=says("UNet2DConditionModel has no cross-attention", "attn2")):
+        tgate_fx.gate(without)
+    assert type(without) is diffusers.StableDiffusionPipeline
+    assert not {"forward", "_tgate_dispatch"} & set(vars(without.unet))
+
+
+def test_a_denoiser_that_is_not_tested(pipe: Any) -> None:
+    pipe.unet = nn.Linear(3, 3)
+    with pytest.raises(tgate_fx.UnsupportedError, match=says("unet is a Linear", "UNet2DConditionModel", "split")):
+        tgate_fx.gate(pipe)
+
+
+@pytest.mark.parametrize(
+    ("cls", "reason"),
+    [
+        ("StableDiffusionInstructPix2PixPipeline", "three chunks"),
+        ("StableDiffusionPAGPipeline", "perturbed-attention guidance"),
+    ],
+)
+def test_other_forms_of_guidance(cls: str, reason: str) -> None:
+    pipe = tiny.sd(cls, in_channels=8 if "Pix2Pix" in cls else 4)
+    with pytest.raises(tgate_fx.UnsupportedError, match=says(cls, reason, "expected", "ungated")):
+        tgate_fx.gate(pipe)
+    assert "forward" not in vars(pipe.unet)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_denoiser_compiled_in_place(pipe: Any) -> None:
+    pipe.unet.compile(backend="eager")
+    with pytest.raises(tgate_fx.UnsupportedError, match=says("pipe.unet is compiled", "expected the plain module")):
+        tgate_fx.gate(pipe)
+    with pytest.raises(tgate_fx.UnsupportedError, match=says("denoiser is compiled", "expected the plain module")):
+        tgate_fx.split(pipe.unet)
+
+
+def test_a_denoiser_wrapped_by_torch_compile(pipe: Any) -> None:
+    plain = pipe.unet
+    pipe.unet = torch.compile(plain, backend="eager")
+    with pytest.raises(tgate_fx.UnsupportedError, match=says("pipe.unet is compiled", "tgate_fx.compile(pipe)")):
+        tgate_fx.compile(pipe)
+    pipe.unet = plain
+    tgate_fx.gate(pipe, 2)
+
+
+def test_a_denoiser_compiled_after_gating(pipe: Any) -> None:
+    tgate_fx.gate(pipe, 2)
+    expected = tiny.latents(pipe, **KWARGS)
+    plain = pipe.unet
+    pipe.unet = torch.compile(plain, backend="eager")
+    with pytest.raises(tgate_fx.UnsupportedError, match=r"compiled by torch\.compile already"):
+        pipe(**KWARGS)
+    pipe.unet = plain
+    plain.compile(backend="eager")
+    with pytest.raises(tgate_fx.UnsupportedError, match=r"compiled by torch\.compile already"):
+        pipe(**KWARGS)
+    plain._compiled_call_impl = None
+    assert torch.equal(tiny.latents(pipe, **KWARGS), expected)
+
+
+def test_another_denoiser_after_gating(pipe: Any) -> None:
+    tgate_fx.gate(pipe, 2)
+    expected = tiny.latents(pipe, **KWARGS)
+    gated, pipe.unet = pipe.unet, tiny.unet()
+    with pytest.raises(tgate_fx.StateError, match=says("pipe.unet is another module", "restore")):
+        pipe(**KWARGS)
+    pipe.unet = gated
+    assert torch.equal(tiny.latents(pipe, **KWARGS), expected)
+
+
+def test_a_replaced_forward_is_not_a_silent_no_op(pipe: Any) -> None:
+    tgate_fx.gate(pipe, 2)
+    pipe.unet.forward = type(pipe.unet).forward.__get__(pipe.unet)
+    with pytest.raises(tgate_fx.StateError, match=says("without a call of pipe.unet", "nothing was gated", "restore")):
+        pipe(**KWARGS)
+
+
+def test_a_replaced_forward_of_a_site(pipe: Any) -> None:
+    tgate_fx.gate(pipe, 2)
+    attention = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2
+    attention.forward = type(attention).forward.__get__(attention)
+    with pytest.raises(
+        tgate_fx.StateError, match=says("mid_block", "attn2 did not go through tgate_fx", "restore(pipe)")
+    ):
+        pipe(**KWARGS)
+
+
+def test_a_class_changed_after_gating(pipe: Any, plain: torch.Tensor) -> None:
+    tgate_fx.gate(pipe, 2)
+    gated = type(pipe)
+    pipe.__class__ = type("Other", (gated,), {})
+    with pytest.raises(tgate_fx.StateError, match=says("class", "was changed after it was gated", "Undo first")):
+        tgate_fx.restore(pipe)
+    pipe.__class__ = gated
+    tgate_fx.restore(pipe)
+    assert torch.equal(tiny.latents(pipe, **KWARGS), plain)
+
+
+class TwoCalls(diffusers.StableDiffusionPipeline):
+    """Guides with a call for each branch, as many video pipelines do."""
+
+    guided = False
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return self.guided
+
+    @torch.no_grad()
+    def __call__(self, guided: bool = False, rows: int = 1, steps: int = 4) -> torch.Tensor:
+        type(self).guided = guided
+        self.scheduler.set_timesteps(steps)
+        latents = torch.randn(rows, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        text = torch.randn(2, rows, 7, tiny.TEXT_WIDTH, generator=torch.Generator().manual_seed(1))
+        for t in self.scheduler.timesteps:
+            cond, uncond = (self.unet(latents, t, encoder_hidden_states=each).sample for each in text)
+            latents = self.scheduler.step(uncond + 5 * (cond - uncond), t, latents).prev_sample
+        return latents
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        ({"guided": True}, "given 1 rows that are not the same latents twice"),
+        ({"guided": True, "rows": 2}, "given 2 rows that are not the same latents twice"),
+        ({"guided": False}, "several times a step"),
+    ],
+)
+def test_guidance_in_several_calls(call: dict[str, Any], reason: str) -> None:
+    plain = tiny.sd()
+    pipe = TwoCalls(**plain.components, requires_safety_checker=False)
+    expected = pipe(**call)
+    tgate_fx.gate(pipe, gate_step=2)
+    with pytest.raises(tgate_fx.UnsupportedError, match=says(reason, "expected", "gate_step=None")):
+        pipe(**call)
+    assert torch.equal(pipe(**call, gate_step=None), expected)
+
+
+def test_more_calls_than_steps(pipe: Any) -> None:
+    """A second use of the denoiser that cannot be told from a step, say from a callback."""
+    tgate_fx.gate(pipe, 2)
+    expected = tiny.latents(pipe, **KWARGS)
+
+    def callback(pipe: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        pipe.unet(torch.cat([values["latents"]] * 2), timestep.clone(), pipe.text)
+        return {}
+
+    with torch.no_grad():
+        pipe.text = torch.cat(pipe.encode_prompt("a", torch.device("cpu"), 1, True)[::-1])
+    with pytest.raises(tgate_fx.UnsupportedError, match="several times a step"):
+        pipe(**KWARGS, callback_on_step_end=callback)
+    assert torch.equal(tiny.latents(pipe, **KWARGS), expected)
+
+
+def test_an_input_whose_rows_are_unknown(pipe: Any) -> None:
+    tgate_fx.gate(pipe, 2)
+    boxes = {"gligen": {"boxes": torch.zeros(2, 1, 4)}}
+    with pytest.raises(tgate_fx.UnsupportedError, match=says("given boxes", "expected only", "after_gate='both'")):
+        pipe(**KWARGS, cross_attention_kwargs=boxes)
+
+
+@pytest.mark.parametrize("change", ["batch", "guidance"])
+def test_a_batch_that_changes_after_the_gate(change: str, pipe: Any) -> None:
+    tgate_fx.gate(pipe, 2, after_gate="both")
+    expected = tiny.latents(pipe, **KWARGS)
+
+    def callback(pipe: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        if index == 3 and change == "guidance":
+            pipe._guidance_scale = 0.0
+        if index == 3 and change == "batch":
+            return {"latents": torch.cat([values["latents"]] * 2)}
+        return {}
+
+    with pytest.raises(
+        tgate_fx.StateError, match=says("After the gate", "shape [", "expected the batch", "gate_step=None")
+    ):
+        pipe(**KWARGS, callback_on_step_end=callback)
+    assert torch.equal(tiny.latents(pipe, **KWARGS), expected)
+
+
+def test_a_share_of_an_unknown_number_of_steps(pipe: Any) -> None:
+    class NoTimesteps:
+        """Stands in for a scheduler that keeps its timesteps to itself."""
+
+        def __init__(self, scheduler: Any) -> None:
+            self._scheduler = scheduler
+
+        def __getattr__(self, name: str) -> Any:
+            if name == "timesteps":
+                raise AttributeError(name)
+            return getattr(self._scheduler, name)
+
+    cls = type("Counting", (TwoCalls,), {"__call__": _one_call})
+    counting = cls(**pipe.components, requires_safety_checker=False)
+    vars(counting)["scheduler"] = NoTimesteps(pipe.scheduler)
+    tgate_fx.gate(counting, gate_step=0.5)
+    with pytest.raises(tgate_fx.ArgumentError, match=says("gate_step=0.5 is a share", "give gate_step as an int")):
+        counting()
+    counting(gate_step=2)
+
+
+@torch.no_grad()
+def _one_call(self: Any) -> None:
+    for t in torch.arange(4):
+        self.unet(torch.zeros(1, 4, 8, 8), t, encoder_hidden_states=torch.zeros(1, 7, tiny.TEXT_WIDTH))
+
+
+def test_latents_under_another_name(pipe: Any) -> None:
+    tgate_fx.gate(pipe, 2)
+    pipe.unet.forward.parameters = ("x", *pipe.unet.forward.parameters[1:])
+    with pytest.raises(
+        tgate_fx.StateError, match=says("was given x", "expected its latents as sample or hidden_states")
+    ):
+        pipe(**KWARGS)

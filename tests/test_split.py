@@ -1,0 +1,282 @@
+"""Sites, roles and the functional transform, on bare denoisers of several families."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    LTXVideoTransformer3DModel,
+    SanaTransformer2DModel,
+    UNet2DModel,
+    UNetMotionModel,
+    WanTransformer3DModel,
+)
+from torch import nn
+
+import tgate_fx
+from tests import tiny
+from tests.conftest import CountingBackend
+
+Case = tuple[nn.Module, dict[str, Any]]
+
+
+def unet() -> Case:
+    inputs = {"sample": torch.randn(2, 4, 16, 16), "timestep": torch.tensor(500)}
+    return tiny.unet(), {**inputs, "encoder_hidden_states": torch.randn(2, 7, tiny.TEXT_WIDTH)}
+
+
+def pixart() -> Case:
+    inputs = {"hidden_states": torch.randn(2, 4, 8, 8), "timestep": torch.tensor([500, 500])}
+    text = {"encoder_hidden_states": torch.randn(2, 7, tiny.TEXT_WIDTH), "encoder_attention_mask": torch.ones(2, 7)}
+    sizes = {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
+    return tiny.pixart_transformer(), {**inputs, **text, **sizes}
+
+
+def wan() -> Case:
+    model = WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=16,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=2,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+        rope_max_seq_len=32,
+    ).eval()
+    inputs = {"hidden_states": torch.randn(2, 4, 2, 8, 8), "timestep": torch.tensor([500, 500])}
+    return model, {**inputs, "encoder_hidden_states": torch.randn(2, 7, 16)}
+
+
+def ltx() -> Case:
+    model = LTXVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        num_layers=2,
+        caption_channels=12,
+    ).eval()
+    inputs = {"hidden_states": torch.randn(2, 2 * 4 * 4, 4), "timestep": torch.tensor([500, 500])}
+    text = {"encoder_hidden_states": torch.randn(2, 7, 12), "encoder_attention_mask": torch.ones(2, 7).bool()}
+    return model, {**inputs, **text, "num_frames": 2, "height": 4, "width": 4}
+
+
+def sana() -> Case:
+    model = SanaTransformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=4,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=4,
+        cross_attention_dim=8,
+        caption_channels=12,
+        sample_size=8,
+    ).eval()
+    inputs = {"hidden_states": torch.randn(2, 4, 8, 8), "timestep": torch.tensor([500, 500])}
+    return model, {**inputs, "encoder_hidden_states": torch.randn(2, 7, 12)}
+
+
+CASES: dict[str, Callable[[], Case]] = {"unet": unet, "pixart": pixart, "wan": wan, "ltx": ltx, "sana": sana}
+cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+def other_text(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {**inputs, "encoder_hidden_states": torch.randn_like(inputs["encoder_hidden_states"])}
+
+
+@cases
+@torch.no_grad()
+def test_pre_is_the_denoiser_and_post_is_the_denoiser_with_a_cache(case: Callable[[], Case]) -> None:
+    denoiser, inputs = case()
+    plain = denoiser(**inputs, return_dict=False)[0]
+    pre, post = tgate_fx.split(denoiser)
+    output, cache = pre(**inputs, return_dict=False)
+    assert torch.equal(output[0], plain)
+    assert len(cache) == len(tgate_fx.sites(denoiser))
+    assert all(not torch.equal(tensor, torch.zeros_like(tensor)) for tensor in cache)
+    assert torch.equal(post(cache, **inputs, return_dict=False)[0], plain)
+    # The cache stands in for the text, which no longer matters ...
+    assert torch.equal(post(cache, **other_text(inputs), return_dict=False)[0], plain)
+    assert not torch.equal(denoiser(**other_text(inputs), return_dict=False)[0], plain)
+    # ... and the cache does.
+    assert not torch.equal(post([2 * tensor for tensor in cache], **inputs, return_dict=False)[0], plain)
+    assert torch.equal(denoiser(**inputs, return_dict=False)[0], plain)
+
+
+@cases
+@torch.no_grad()
+def test_each_phase_compiles_to_one_graph(case: Callable[[], Case]) -> None:
+    denoiser, inputs = case()
+    pre, post = tgate_fx.split(denoiser)
+    output, cache = pre(**inputs, return_dict=False)
+    backend = CountingBackend()
+    compiled_pre, compiled_post = (torch.compile(phase, backend=backend, fullgraph=True) for phase in (pre, post))
+    with torch.no_grad():
+        for _ in range(2):
+            compiled_output, compiled_cache = compiled_pre(**inputs, return_dict=False)
+            assert torch.equal(compiled_output[0], output[0])
+            assert all(map(torch.equal, compiled_cache, cache))
+            assert torch.equal(compiled_post(cache, **inputs, return_dict=False)[0], output[0])
+    assert len(backend.graphs) == 2
+    names = [node.name for node in backend.graphs[1].graph.find_nodes(op="placeholder")]
+    assert not [name for name in names if "attn2" in name]
+
+
+@torch.no_grad()
+def test_phases_can_be_exported() -> None:
+    class Post(nn.Module):
+        def __init__(self, denoiser: nn.Module, post: Callable[..., Any]) -> None:
+            super().__init__()
+            self.denoiser = denoiser
+            self.post = post
+
+        def forward(self, cache: list[torch.Tensor], sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            text = torch.zeros(2, 7, tiny.TEXT_WIDTH)
+            return self.post(cache, sample, timestep, encoder_hidden_states=text, return_dict=False)[0]
+
+    denoiser, inputs = unet()
+    pre, post = tgate_fx.split(denoiser)
+    output, cache = pre(**inputs, return_dict=False)
+    arguments = (list(cache), inputs["sample"], inputs["timestep"])
+    program = torch.export.export(Post(denoiser, post), arguments)
+    torch.testing.assert_close(program.module()(*arguments), output[0])
+
+
+@torch.no_grad()
+def test_a_failing_phase_leaves_every_site_live() -> None:
+    denoiser, inputs = unet()
+    pre, post = tgate_fx.split(denoiser)
+    output, cache = pre(**inputs, return_dict=False)
+    for phase in (pre, lambda **kw: post(cache, **kw)):
+        with pytest.raises(RuntimeError, match="channels"):
+            phase(**{**inputs, "sample": torch.randn(2, 3, 16, 16)})
+        assert torch.equal(denoiser(**inputs, return_dict=False)[0], output[0])
+
+
+@torch.no_grad()
+def test_restore_takes_a_split_off() -> None:
+    denoiser, _ = unet()
+    names = [set(vars(module)) for module in denoiser.modules()]
+    tgate_fx.split(denoiser)
+    assert "forward" in vars(denoiser)
+    tgate_fx.restore(denoiser)
+    assert [set(vars(module)) for module in denoiser.modules()] == names
+    with pytest.raises(tgate_fx.StateError, match="is not split"):
+        tgate_fx.restore(denoiser)
+
+
+@torch.no_grad()
+def test_a_deep_copy_is_independent() -> None:
+    denoiser, inputs = unet()
+    pre, _ = tgate_fx.split(denoiser)
+    plain = denoiser(**inputs, return_dict=False)[0]
+    twin = copy.deepcopy(denoiser)
+    for parameter in denoiser.parameters():
+        parameter.zero_()
+    assert torch.equal(twin(**inputs, return_dict=False)[0], plain)
+    twin_pre, _ = tgate_fx.split(twin)
+    assert torch.equal(twin_pre(**inputs, return_dict=False)[0][0], plain)
+    assert not torch.equal(pre(**inputs, return_dict=False)[0][0], plain)
+
+
+def test_sites_are_listed_without_a_gate() -> None:
+    pipe = tiny.sdxl()
+    listed = tgate_fx.sites(pipe)
+    expected = [name for name, _ in pipe.unet.named_modules() if name.endswith("attn2")]
+    assert [site.name for site in listed] == expected
+    assert {site.kind for site in listed} == {"cross-attention"}
+    assert "forward" not in vars(pipe.unet)
+    assert tgate_fx.sites(pipe.unet) == listed
+    assert tgate_fx.sites(tgate_fx.gate(pipe)) == listed
+
+
+def test_attention_over_frames_is_not_a_site() -> None:
+    model = UNetMotionModel(
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        norm_num_groups=8,
+        down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"),
+        up_block_types=("UpBlockMotion", "CrossAttnUpBlockMotion"),
+        cross_attention_dim=16,
+        num_attention_heads=2,
+        motion_num_attention_heads=2,
+    )
+    assert any("motion_modules" in name and name.endswith("attn2") for name, _ in model.named_modules())
+    assert not any("motion_modules" in site.name for site in tgate_fx.sites(model))
+
+
+def test_blocks_without_self_attention_have_two_sites() -> None:
+    """`only_cross_attention`, as in the Stable Diffusion upscaler."""
+    names = [site.name for site in tgate_fx.sites(tiny.unet(only_cross_attention=(True, False)))]
+    assert any(name.startswith("down_blocks.0") and name.endswith("attn1") for name in names)
+    assert not any(name.startswith("mid_block") and name.endswith("attn1") for name in names)
+
+
+def test_a_model_without_cross_attention_is_refused() -> None:
+    model = UNet2DModel(
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )
+    for function in (tgate_fx.split, tgate_fx.sites):
+        with pytest.raises(
+            tgate_fx.UnsupportedError, match=r"UNet2DModel has no cross-attention.*use the pipeline as it"
+        ):
+            function(model)
+    assert not [name for module in model.modules() for name in vars(module) if name in ("forward", "_tgate_dispatch")]
+
+
+def test_something_else_than_a_module_is_refused() -> None:
+    with pytest.raises(tgate_fx.UnsupportedError, match="split was given a str: expected a denoiser"):
+        tgate_fx.split("unet")  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def test_a_cache_of_another_length_is_refused() -> None:
+    denoiser, inputs = unet()
+    pre, post = tgate_fx.split(denoiser)
+    _, cache = pre(**inputs)
+    with pytest.raises(tgate_fx.ArgumentError, match="holds 3 tensors: expected the 4"):
+        post(cache[:3], **inputs)
+
+
+@torch.no_grad()
+def test_a_cross_attention_without_text_is_refused() -> None:
+    denoiser, inputs = unet()
+    pre, _ = tgate_fx.split(denoiser)
+    with pytest.raises(tgate_fx.UnsupportedError, match="was given no text to attend to"):
+        pre(inputs["sample"], inputs["timestep"], None)
+
+
+@torch.no_grad()
+def test_a_site_that_returns_no_tensor_is_refused() -> None:
+    denoiser, inputs = unet()
+    attention = denoiser.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn2")
+    attention.forward = lambda *args, **kwargs: (args[0], None)
+    pre, _ = tgate_fx.split(denoiser)
+    with pytest.raises(tgate_fx.UnsupportedError, match=r"mid_block.*attn2 returned tuple: expected one tensor"):
+        pre(**inputs)
+
+
+@torch.no_grad()
+def test_a_site_that_runs_twice_is_refused() -> None:
+    denoiser, inputs = unet()
+    block = denoiser.get_submodule("mid_block.attentions.0.transformer_blocks.0")
+    plain = block.forward
+    block.forward = lambda *args, **kwargs: plain(plain(*args, **kwargs), *args[1:], **kwargs)
+    pre, _ = tgate_fx.split(denoiser)
+    with pytest.raises(tgate_fx.UnsupportedError, match="ran more than once in one call"):
+        pre(**inputs)
