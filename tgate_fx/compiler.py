@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import types
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,14 +116,18 @@ class _Variant:
             dynamic=bool(settings.dynamic),
             fullgraph=True,
         )
+        self._freezes = settings.freezes(latents.device)
         self.layout = memory_format(latents)
         self.graphs = 0
         self.unguarded: PhaseFunction | None = None
 
     def __call__(self, cache: Sequence[torch.Tensor], inputs: dict[str, Any]) -> PhaseResult:
         """Run with every guard checked, compiling if need be."""
+        # Dynamo looks at inductor's own setting, not at the options, to keep weights out of the graph's inputs.
+        frozen = torch._inductor.config.patch(freezing=True) if self._freezes else nullcontext()
         try:
-            result: PhaseResult = self._compiled(cache, (), inputs)
+            with frozen:
+                result: PhaseResult = self._compiled(cache, (), inputs)
         except torch._dynamo.exc.TorchDynamoException as error:
             raise CompileError(
                 f"The {self._phase.name} phase could not be compiled as one graph: {error}\n"

@@ -188,7 +188,7 @@ class _Gated:
         families.check_guidance_form(pipe, self.parameters)
         self.plain_class = type(pipe)
         base: type[Any] = getattr(self.plain_class, _PLAIN_CLASS, None) or self.plain_class
-        self.gated_class = _gated_class(base)
+        self.gated_class = _gated_class(base)  # type: ignore[arg-type]
         self.dispatch = dispatch = Dispatch.install(self.denoiser)
         functions = {
             phase.roles: phase_function(dispatch.sites, dispatch.inner, phase.roles) for phase in (PRE_GATE, POST_GATE)
