@@ -273,7 +273,7 @@ def test_a_batch_that_changes_after_the_gate(change: str, pipe: Any) -> None:
         return {}
 
     with pytest.raises(
-        tgate_fx.StateError, match=says("After the gate", "shape [", "expected the batch", "gate_step=None")
+        tgate_fx.StateError, match=says("latents of shape [", "at step 4", "expected the batch", "gate_step=None")
     ):
         pipe(**KWARGS, callback_on_step_end=callback)
     assert torch.equal(tiny.latents(pipe, **KWARGS), expected)

@@ -1,5 +1,6 @@
 """T-GATE for diffusers pipelines: two phases, two graphs, one line."""
 
+from .deepcache import DeepCache
 from .errors import ArgumentError, CompileError, StateError, TGateError, UnsupportedError
 from .pipeline import compile, disabled, gate, report, restore, sites, split
 from .report import Report, StepReport
@@ -10,6 +11,7 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "ArgumentError",
     "CompileError",
+    "DeepCache",
     "Report",
     "SiteInfo",
     "StateError",

@@ -18,16 +18,18 @@ class StaticCache:
     def __init__(self) -> None:
         self._sets: dict[tuple[object, ...], tuple[torch.Tensor, ...]] = {}
 
-    def keep(self, captured: Sequence[torch.Tensor], *, merge: bool) -> tuple[torch.Tensor, ...]:
+    def keep(self, kind: int, captured: Sequence[torch.Tensor], *, merge: bool) -> tuple[torch.Tensor, ...]:
         """Copy captured tensors into their buffers, and return the buffers.
 
         Args:
+            kind: which kind of site they come from; each has buffers of its own.
             captured: one tensor for each site, leading with the batch.
             merge: the batch is [uncond, cond], and the mean of the two is kept (T-GATE's rule: the cache is the average
                 of the branches), so each buffer has half the rows.
         """
         shapes = [_kept_shape(tensor, merge) for tensor in captured]
-        key = tuple((shape, tensor.dtype, tensor.device) for shape, tensor in zip(shapes, captured, strict=True))
+        forms = [(shape, tensor.dtype, tensor.device) for shape, tensor in zip(shapes, captured, strict=True)]
+        key = (kind, *forms)
         buffers = self._sets.get(key)
         if buffers is None:
             buffers = tuple([_buffer(shape, tensor) for shape, tensor in zip(shapes, captured, strict=True)])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import re
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +16,9 @@ from torch.utils._pytree import tree_map_only
 
 from .errors import CompileError
 from .families import LATENTS, first_input
-from .schedule import Phase, Roles
-from .split import PhaseFunction, PhaseResult
+from .schedule import Step
+from .sites import Roles
+from .split import Cache, PhaseFunction, PhaseResult
 
 _CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
 
@@ -104,8 +106,8 @@ class _Variant:
     pipelines that shared one would use up each other's share.
     """
 
-    def __init__(self, function: PhaseFunction, phase: Phase, settings: CompileSettings, latents: torch.Tensor) -> None:
-        code = function.__code__.replace(co_name=phase.name.replace("-", "_"))
+    def __init__(self, function: PhaseFunction, phase: str, settings: CompileSettings, latents: torch.Tensor) -> None:
+        code = function.__code__.replace(co_name=re.sub(r"\W+", "_", phase))
         self._phase = phase
         self._function = _with_code(function, code)
         self._compiled = torch.compile(
@@ -121,7 +123,7 @@ class _Variant:
         self.graphs = 0
         self.unguarded: PhaseFunction | None = None
 
-    def __call__(self, cache: Sequence[torch.Tensor], inputs: dict[str, Any]) -> PhaseResult:
+    def __call__(self, cache: Cache, inputs: dict[str, Any]) -> PhaseResult:
         """Run with every guard checked, compiling if need be."""
         # Dynamo looks at inductor's own setting, not at the options, to keep weights out of the graph's inputs.
         frozen = torch._inductor.config.patch(freezing=True) if self._freezes else nullcontext()
@@ -130,7 +132,7 @@ class _Variant:
                 result: PhaseResult = self._compiled(cache, (), inputs)
         except torch._dynamo.exc.TorchDynamoException as error:
             raise CompileError(
-                f"The {self._phase.name} phase could not be compiled as one graph: {error}\n"
+                f"The {self._phase} phase could not be compiled as one graph: {error}\n"
                 "Expected a denoiser that torch.compile takes whole. Remove what breaks the graph (the message above "
                 "names it), or use tgate_fx.gate(pipe, ...), which gates without compiling."
             ) from error
@@ -167,9 +169,9 @@ class CompiledPhases:
     """
 
     def __init__(
-        self, functions: Mapping[Roles, PhaseFunction], denoiser: nn.Module, settings: CompileSettings
+        self, function_of: Callable[[Roles], PhaseFunction], denoiser: nn.Module, settings: CompileSettings
     ) -> None:
-        self._functions = functions
+        self._function_of = function_of
         self._denoiser = denoiser
         self._settings = settings
         self._variants: dict[object, _Variant] = {}
@@ -195,13 +197,11 @@ class CompiledPhases:
         self.recompiles = 0
         self._drop_stale()
 
-    def __call__(
-        self, phase: Phase, cache: tuple[torch.Tensor, ...], inputs: dict[str, Any], *, keep: bool
-    ) -> PhaseResult:
+    def __call__(self, step: Step, cache: Cache, inputs: dict[str, Any]) -> PhaseResult:
         """Run one step; see `tgate_fx.dispatch.Phases`."""
         inputs, form = canonical(inputs)
-        form = (form, id(cache), torch.is_inference_mode_enabled(), torch.is_grad_enabled())
-        key = (phase.roles, None if self._settings.dynamic else form)
+        form = (form, *map(id, cache), torch.is_inference_mode_enabled(), torch.is_grad_enabled())
+        key = (step.roles, None if self._settings.dynamic else form)
         variant = self._variants.get(key)
         name, latents = first_input(inputs)
         layout = memory_format(latents) if variant is None else variant.layout
@@ -211,14 +211,12 @@ class CompiledPhases:
         if variant is not None and variant.unguarded is not None and self._checked.get(variant) == form:
             output, captured = variant.unguarded(cache, (), inputs)
         else:
-            output, captured = self._guarded(phase, cache, inputs, key, form)
+            output, captured = self._guarded(step, cache, inputs, key, form)
         if self._replays:
             output = tree_map_only(torch.Tensor, torch.clone, output)
         return output, captured
 
-    def _guarded(
-        self, phase: Phase, cache: tuple[torch.Tensor, ...], inputs: dict[str, Any], key: object, form: object
-    ) -> PhaseResult:
+    def _guarded(self, step: Step, cache: Cache, inputs: dict[str, Any], key: object, form: object) -> PhaseResult:
         """Run with every guard checked, compiling if need be."""
         latents = first_input(inputs)[1]
         self._device = latents.device
@@ -227,14 +225,14 @@ class CompiledPhases:
             self._drop_stale()
         variant = self._variants.get(key)
         if variant is None or variant.full:
-            variant = _Variant(self._functions[phase.roles], phase, self._settings, latents)
+            variant = _Variant(self._function_of(step.roles), step.phase, self._settings, latents)
         before = variant.graphs
         result = variant(cache, inputs)
         self._variants[key] = variant
         if self._trusted:
             self._checked[variant] = form
         if variant.graphs > before:
-            self._note_compilation(phase.roles, variant.graphs - before)
+            self._note_compilation(step.roles, variant.graphs - before)
         return result
 
     def _note_compilation(self, roles: Roles, graphs: int) -> None:

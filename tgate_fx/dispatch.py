@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -15,10 +15,10 @@ from . import families
 from .cache import StaticCache
 from .errors import StateError, UnsupportedError
 from .report import StepClock
-from .schedule import Phase, Roles, Schedule, resolve_gate
-from .sites import Sites
+from .schedule import Schedule, Step
+from .sites import KINDS, Role, Roles, Sites
 from .slots import ForwardSlot
-from .split import PhaseFunction, PhaseResult
+from .split import Cache, PhaseFunction, PhaseResult
 
 _ATTRIBUTE = "_tgate_dispatch"
 
@@ -38,28 +38,36 @@ class Phases(Protocol):
 
     graphs: int
 
-    def __call__(
-        self, phase: Phase, cache: tuple[torch.Tensor, ...], inputs: dict[str, Any], *, keep: bool
-    ) -> PhaseResult:
-        """Run one step of ``phase``; ``keep`` if what it captures will be used."""
+    def __call__(self, step: Step, cache: Cache, inputs: dict[str, Any]) -> PhaseResult:
+        """Run one step with the denoiser's inputs by name, and return its output and what it captured."""
 
 
 class EagerPhases:
-    """Runs each phase as it is, without compiling; captures only at the step whose values are kept."""
+    """Runs each phase as it is, without compiling; captures only at the steps whose values are kept."""
 
     graphs = 0
 
-    def __init__(self, functions: Mapping[Roles, PhaseFunction], forward: Callable[..., Any]) -> None:
-        self._functions = functions
+    def __init__(self, function_of: Callable[[Roles], PhaseFunction], forward: Callable[..., Any]) -> None:
+        self._function_of = function_of
         self._forward = forward
 
-    def __call__(
-        self, phase: Phase, cache: tuple[torch.Tensor, ...], inputs: dict[str, Any], *, keep: bool
-    ) -> PhaseResult:
+    def __call__(self, step: Step, cache: Cache, inputs: dict[str, Any]) -> PhaseResult:
         """Run one step; see `Phases`."""
-        if not cache and not keep:
-            return self._forward(**inputs), ()
-        return self._functions[phase.roles](cache, (), inputs)
+        if not any(cache) and not any(step.keep):
+            return self._forward(**inputs), ((), (), ())
+        return self._function_of(step.roles)(cache, (), inputs)
+
+
+class Gate(Protocol):
+    """What a run needs of the gate on its pipeline."""
+
+    denoiser: nn.Module
+    dispatch: Dispatch
+    phases: Phases
+    cache: StaticCache
+
+    def check_captured(self, kind: int, captured: Sequence[torch.Tensor]) -> None:
+        """Raise `StateError` if a site of this kind did not run."""
 
 
 class Dispatch:
@@ -133,83 +141,70 @@ class Dispatch:
             del runs[id(self)]
 
 
-class Request(NamedTuple):
-    """What one call of a gated pipeline asks for.
-
-    Attributes:
-        gate_step: resolved to a step index at the first step, when the number of steps is known.
-        after_gate: which guidance branch goes on after the gate.
-        guidance_scale: as bound by the call, for pipelines without ``do_classifier_free_guidance``.
-    """
-
-    gate_step: int | float | None
-    after_gate: str
-    guidance_scale: Any
-
-
 class Run:
     """One generation of a gated pipeline: counts its steps and runs each in its phase.
 
+    Args:
+        pipe: the pipeline, in the middle of its own ``__call__``.
+        gated: what the pipeline carries.
+        schedule: which phase each step is in; None for a generation in which nothing is cached.
+        guidance_scale: as bound by the call, for pipelines without ``do_classifier_free_guidance``.
+
     Attributes:
-        schedule: which phase a step is in; known from the first step on.
         steps: how many steps were run.
         cut: whether the step that ran last saw one guidance branch only.
         clock: what each step was, and how long it took.
     """
 
-    def __init__(self, pipe: Any, dispatch: Dispatch, phases: Phases, cache: StaticCache, request: Request) -> None:
+    def __init__(self, pipe: Any, gated: Gate, schedule: Schedule, guidance_scale: Any) -> None:
         self._pipe = pipe
-        self._dispatch = dispatch
-        self._phases = phases
-        self._cache = cache
-        self._request = request
-        self._cached: tuple[torch.Tensor, ...] = ()
-        self._cached_form: tuple[int, ...] = ()
+        self._gated = gated
+        self._schedule = schedule
+        self._guidance_scale = guidance_scale
+        self._cached: list[tuple[torch.Tensor, ...]] = [()] * len(KINDS)
+        self._cached_form: list[tuple[int, ...]] = [()] * len(KINDS)
         self._timestep: object = None
         self._expected: int | None = None
-        self.schedule = Schedule(None)
         self.clock = StepClock()
         self.steps = 0
         self.cut = False
 
     def step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One call of the denoiser, with the arguments that the pipeline gave."""
-        inputs = dict(zip(self._dispatch.parameters, args, strict=False))
+        inputs = dict(zip(self._gated.dispatch.parameters, args, strict=False))
         inputs.update(kwargs)
         _, latents = families.first_input(inputs)
         started = self.clock.start(latents.device)
-        guided = families.guidance_active(self._pipe, self._request.guidance_scale)
+        guided = families.guidance_active(self._pipe, self._guidance_scale)
         if self.steps == 0:
             self._begin(inputs, latents, guided)
-        elif self.schedule.gate is not None:
+        elif self._schedule.caches:
             self._check_new_step(inputs)
-        phase, keep = self.schedule.at(self.steps)
+        step = self._schedule.at(self.steps)
         rows = latents.shape[0]
-        self.cut = guided and phase.one_branch
+        self.cut = guided and step.gated and self._schedule.one_branch
         if self.cut:
-            inputs = families.one_branch(inputs, self.schedule.after_gate, rows)
+            inputs = families.one_branch(inputs, self._schedule.after_gate, rows)
             rows //= 2
-        if self._cached and (rows, *latents.shape[1:]) != self._cached_form:
-            self._refuse_new_form((rows, *latents.shape[1:]))
-        graphs = self._phases.graphs
-        output, captured = self._phases(phase, self._cached, inputs, keep=keep)
-        if keep:
-            self._keep(captured, latents, merge=guided and self.schedule.one_branch)
+        graphs = self._gated.phases.graphs
+        output, captured = self._gated.phases(step, self._cache_for(step, (rows, *latents.shape[1:])), inputs)
+        if any(step.keep):
+            self._keep(step, captured, latents, guided)
         if self.cut:
             output = families.both_branches(output)
-        self.clock.stop(started, self.steps, phase.name, rows, self._phases.graphs - graphs)
+        self.clock.stop(started, self.steps, step.phase, rows, self._gated.phases.graphs - graphs)
         self.steps += 1
         return output
 
     def _begin(self, inputs: dict[str, Any], latents: torch.Tensor, guided: bool) -> None:
         """At the first step: settle where the gate is, and refuse now what could not be gated then."""
         self._expected = families.step_count(self._pipe)
-        gate = resolve_gate(self._request.gate_step, self._expected)
-        self.schedule = Schedule(gate, self._request.after_gate)
-        if gate is not None and guided:
-            families.check_guidance_batch(latents)
-            if self.schedule.one_branch:
-                families.one_branch(inputs, self._request.after_gate, latents.shape[0])
+        self._schedule = self._schedule.resolve(self._expected)
+        gate = self._schedule.gate_step
+        if guided and gate is not None and (self._expected is None or gate < self._expected):
+            families.check_guidance_batch(self._gated.denoiser, latents)
+            if self._schedule.one_branch:
+                families.one_branch(inputs, self._schedule.after_gate, latents.shape[0])
         self._timestep = inputs.get("timestep")
 
     def _check_new_step(self, inputs: dict[str, Any]) -> None:
@@ -223,15 +218,24 @@ class Run:
             )
         self._timestep = timestep
 
-    def _keep(self, captured: tuple[torch.Tensor, ...], latents: torch.Tensor, *, merge: bool) -> None:
-        self._dispatch.sites.check_captured(captured)
-        self._cached = self._cache.keep(captured, merge=merge)
-        rows = latents.shape[0] // 2 if merge else latents.shape[0]
-        self._cached_form = (rows, *latents.shape[1:])
+    def _cache_for(self, step: Step, form: tuple[int, ...]) -> Cache:
+        """What is cached of the kinds that this step reuses."""
+        for role, cached_form in zip(step.roles, self._cached_form, strict=True):
+            if role is Role.REUSE and cached_form != form:
+                raise StateError(
+                    f"The denoiser was given latents of shape {list(form)} at step {self.steps}, but what is cached is "
+                    f"for {list(cached_form)}: expected the batch and the resolution to stay as they were. Leave "
+                    "guidance on or off for the whole generation, or use gate_step=None."
+                )
+        return tuple([held if role is Role.REUSE else () for role, held in zip(step.roles, self._cached, strict=True)])
 
-    def _refuse_new_form(self, form: tuple[int, ...]) -> None:
-        raise StateError(
-            f"After the gate the denoiser was given latents of shape {list(form)}, but what is cached is for "
-            f"{list(self._cached_form)}: expected the batch and the resolution to stay as they were at the gate. Leave "
-            "guidance on or off for the whole generation, or use gate_step=None."
-        )
+    def _keep(self, step: Step, captured: Cache, latents: torch.Tensor, guided: bool) -> None:
+        """Copy what was captured into the static cache; from a guidance batch into one branch's, if one goes on."""
+        # The next step is the first gated one, and the batch is still whole.
+        merge = guided and self._schedule.one_branch and not step.gated and self._schedule.at(self.steps + 1).gated
+        rows = latents.shape[0] // 2 if merge or self.cut else latents.shape[0]
+        for kind, keep in enumerate(step.keep):
+            if keep:
+                self._gated.check_captured(kind, captured[kind])
+                self._cached[kind] = self._gated.cache.keep(kind, captured[kind], merge=merge)
+                self._cached_form[kind] = (rows, *latents.shape[1:])

@@ -16,7 +16,7 @@ from torch import nn
 from .errors import StateError, UnsupportedError
 
 # Denoiser classes whose gated pipelines are tested against an oracle.
-DENOISERS = ("UNet2DConditionModel", "PixArtTransformer2DModel")
+DENOISERS = ("UNet2DConditionModel", "PixArtTransformer2DModel", "UNetSpatioTemporalConditionModel")
 
 # Keywords of a pipeline's __call__ that give away a batch which is not [uncond, cond].
 _NOT_PLAIN_GUIDANCE = {
@@ -43,8 +43,12 @@ _BATCHED = frozenset(
         "time_ids",
         "resolution",
         "aspect_ratio",
+        "added_time_ids",  # Stable Video Diffusion
     )
 )
+
+# Denoisers whose latents are [batch, frames, channels, height, width]; all others lead with [batch, channels].
+_FRAMES_BEFORE_CHANNELS = ("UNetSpatioTemporalConditionModel",)
 
 
 def find_denoiser(pipe: Any) -> tuple[str, nn.Module]:
@@ -58,6 +62,7 @@ def find_denoiser(pipe: Any) -> tuple[str, nn.Module]:
         denoiser = getattr(pipe, attribute, None)
         if isinstance(denoiser, nn.Module):
             check_not_compiled(attribute, denoiser)
+            check_no_deepcache_helper(denoiser)
             if not any(base.__name__ in DENOISERS for base in type(denoiser).__mro__):
                 raise UnsupportedError(
                     f"{name}.{attribute} is a {type(denoiser).__name__}: expected one of {', '.join(DENOISERS)}, the "
@@ -77,6 +82,32 @@ def check_not_compiled(attribute: str, denoiser: nn.Module) -> None:
             "plain module. Load the pipeline without compiling it, then call tgate_fx.compile(pipe), which compiles "
             "each phase."
         )
+
+
+def upstreams_branch(pipe: Any) -> str:
+    """Which guidance branch upstream `tgate` goes on with after the gate.
+
+    Its loader for Stable Video Diffusion calls what it keeps negative, but takes it from the encoder without guidance:
+    it is the image itself, the positive branch.
+    """
+    return "positive" if type(getattr(pipe, "unet", None)).__name__ in _FRAMES_BEFORE_CHANNELS else "negative"
+
+
+def check_no_deepcache_helper(denoiser: nn.Module) -> None:
+    """Raise `UnsupportedError` if the `DeepCache` package's helper is enabled on this denoiser."""
+    for slot in ("forward", "_old_forward"):
+        function = vars(denoiser).get(slot)
+        if getattr(function, "__module__", "") == "DeepCache.extension.deepcache":
+            helpers = [cell.cell_contents for cell in getattr(function, "__closure__", ()) or ()]
+            params: dict[str, int] = next((helper.params for helper in helpers if hasattr(helper, "params")), {})
+            interval = params.get("cache_interval", 3)
+            branch = 3 * params.get("cache_block_id", 0) + params.get("cache_layer_id", 0)
+            raise UnsupportedError(
+                "A DeepCacheSDHelper is enabled on this pipeline: expected none, since its cache and the gate would "
+                "undo each other. Call helper.disable(), and give "
+                f"deepcache=tgate_fx.DeepCache(interval={interval}, branch={branch}) to tgate_fx.gate or "
+                "tgate_fx.compile."
+            )
 
 
 def check_guidance_form(pipe: Any, parameters: Mapping[str, Any]) -> None:
@@ -101,14 +132,18 @@ def guidance_active(pipe: Any, guidance_scale: Any) -> bool:
     return bool(active)
 
 
-def check_guidance_batch(latents: torch.Tensor) -> None:
+def check_guidance_batch(denoiser: Any, latents: torch.Tensor) -> None:
     """Raise `UnsupportedError` unless the two halves of the denoiser's input are the same latents.
 
     Args:
-        latents: [2B, channels, ...], the denoiser's first input under classifier-free guidance.
+        denoiser: what the latents are given to.
+        latents: [2B, channels, ...], the denoiser's first input under classifier-free guidance. Channels beyond those
+            that the denoiser predicts are conditioning, which may differ.
     """
     rows = latents.shape[0]
-    if rows % 2 or not torch.equal(latents[: rows // 2], latents[rows // 2 :]):
+    dim = 2 if type(denoiser).__name__ in _FRAMES_BEFORE_CHANNELS else 1
+    own = latents.narrow(dim, 0, min(latents.shape[dim], denoiser.config.out_channels))
+    if rows % 2 or not torch.equal(own[: rows // 2], own[rows // 2 :]):
         raise UnsupportedError(
             f"Guidance is on, but the denoiser was given {rows} rows that are not the same latents twice: expected the "
             "batch [uncond, cond]. This pipeline guides in another way (separate calls, three chunks); use it with "

@@ -1,121 +1,170 @@
 """Which phase a step is in: plain Python, no tensors.
 
-A *step* is one evaluation of the denoiser, counted from 0 within one generation.
-The rules are those of T-GATE (Zhang et al., arXiv:2404.02747): steps before ``gate_step`` are ordinary; the last of
-them leaves the cross-attention outputs behind; from ``gate_step`` on they are constants.
+A *step* is one evaluation of the denoiser, counted from 0 within one generation. The rules are those of T-GATE (Zhang
+et al., arXiv:2404.02747), of TGATE-V2's self-attention cache (upstream `tgate` 1.0.0), and of DeepCache (Ma et al.,
+arXiv:2312.00858).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from .errors import ArgumentError
-from .sites import Role
+from .sites import Role, Roles
 
 AFTER_GATE = ("negative", "positive", "both")
 
 
-class Roles(NamedTuple):
-    """A role for every kind of site."""
-
-    cross_attention: Role
-
-
-class Phase(NamedTuple):
-    """A role for every kind of site, plus a batch rule.
+class Step(NamedTuple):
+    """What one step does.
 
     Attributes:
-        name: what the report calls it.
+        phase: what the report calls it: "pre-gate" or "post-gate", and what it reuses besides.
         roles: what the sites do.
-        one_branch: whether a classifier-free-guidance batch is cut down to one of its branches.
+        keep: for each kind of site, whether what it captures is kept for later steps.
+        gated: whether it is after the gate.
     """
 
-    name: str
+    phase: str
     roles: Roles
-    one_branch: bool
-
-
-PRE_GATE = Phase("pre-gate", Roles(Role.CAPTURE), one_branch=False)
-POST_GATE = Phase("post-gate", Roles(Role.REUSE), one_branch=True)
-POST_GATE_BOTH = POST_GATE._replace(one_branch=False)
-
-
-class Step(NamedTuple):
-    """What one step does: its phase, and whether what it captures is kept for later steps."""
-
-    phase: Phase
-    keep: bool
+    keep: tuple[bool, bool, bool]
+    gated: bool
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Step index → phase, for one generation whose gate is known.
+    """Step index → what the step does. `replace` it to override a field, `resolve` it for one generation.
 
     Attributes:
-        gate: index of the first gated step (≥ 1), or None for a generation that is never gated.
+        gate_step: the first gated step: an int ≥ 1, a float in (0, 1) for that share of the steps, or None for never.
+        sp_interval: before the gate, self-attention is computed at `warm_up` and later at every multiple of this, and
+            its cached output used at the steps between.
+        fi_interval: from the gate on, self-attention is computed at every multiple of this.
+        warm_up: the first step whose self-attention is cached.
+        deep_interval: the deep branch of the UNet is computed at every multiple of this, counted anew from the last
+            step before the gate and from the gate; None: always.
         after_gate: which guidance branch goes on after the gate: "negative", "positive" or "both".
     """
 
-    gate: int | None
+    gate_step: int | float | None
+    sp_interval: int = 1
+    fi_interval: int = 1
+    warm_up: int = 0
+    deep_interval: int | None = None
     after_gate: str = "negative"
+
+    def __post_init__(self) -> None:
+        check_gate_step(self.gate_step)
+        check_count("sp_interval", self.sp_interval, least=1)
+        check_count("fi_interval", self.fi_interval, least=1)
+        check_count("warm_up", self.warm_up, least=0)
+        if self.after_gate not in AFTER_GATE:
+            raise ArgumentError(
+                f"after_gate={self.after_gate!r} is not one of {', '.join(map(repr, AFTER_GATE))}: expected which "
+                "guidance branch goes on after the gate."
+            )
+        if self.deep_interval is not None and self.caches_self_attention:
+            raise ArgumentError(
+                f"deepcache was given with sp_interval={self.sp_interval} and fi_interval={self.fi_interval}: expected "
+                "both intervals to be 1, since the deep branch is skipped whole. Use one or the other."
+            )
+
+    @property
+    def caches_self_attention(self) -> bool:
+        """Whether there is a step that takes self-attention from the cache."""
+        return self.sp_interval > 1 or self.fi_interval > 1
+
+    @property
+    def caches(self) -> bool:
+        """Whether anything is taken from a cache at any step."""
+        return self.gate_step is not None or self.caches_self_attention or self.deep_interval is not None
 
     @property
     def one_branch(self) -> bool:
         """Whether gated steps see one guidance branch only."""
         return self.after_gate != "both"
 
+    def resolve(self, steps: int | None) -> Schedule:
+        """The schedule with the gate as a step index, for a generation of ``steps`` steps (None if unknown).
+
+        Raises:
+            ArgumentError: the gate is a share and the number of steps is unknown.
+        """
+        if not isinstance(self.gate_step, float):
+            return self
+        if steps is None:
+            raise ArgumentError(
+                f"gate_step={self.gate_step!r} is a share of the steps, but this pipeline does not say how many steps "
+                "it will run: give gate_step as an int."
+            )
+        return replace(self, gate_step=max(1, round(self.gate_step * steps)))
+
     def at(self, index: int) -> Step:
-        """The step with this index."""
-        if self.gate is None or index < self.gate - 1:
-            return Step(PRE_GATE, keep=False)
-        if index == self.gate - 1:
-            return Step(PRE_GATE, keep=True)
-        return Step(POST_GATE if self.one_branch else POST_GATE_BOTH, keep=False)
+        """The step with this index, of a resolved schedule."""
+        return _step(self, index)
 
 
-def check_gate_step(value: object) -> int | float | None:
-    """Return ``value`` if it is a valid ``gate_step``.
+# A generation asks for its steps one by one, and the next one often asks for the same.
+@functools.lru_cache(maxsize=4096)
+def _step(schedule: Schedule, index: int) -> Step:
+    gated = _is_gated(schedule, index)
+    roles, following = _roles(schedule, index), _roles(schedule, index + 1)
+    # A captured value is kept if the next step uses it: what is reused later is reused from then on.
+    keep = tuple(now is Role.CAPTURE and then is Role.REUSE for now, then in zip(roles, following, strict=True))
+    phase = "post-gate" if gated else "pre-gate"
+    if roles.self_attention is Role.REUSE:
+        phase += ", self-attention reused"
+    if roles.deep_branch is Role.REUSE:
+        phase += ", shallow"
+    return Step(phase, roles, (keep[0], keep[1], keep[2]), gated)
 
-    Raises:
-        ArgumentError: it is not an int ≥ 1, a float in (0, 1), or None.
-    """
+
+def _is_gated(schedule: Schedule, index: int) -> bool:
+    return schedule.gate_step is not None and index >= schedule.gate_step
+
+
+def _roles(schedule: Schedule, index: int) -> Roles:
+    gated = _is_gated(schedule, index)
+    last_before_gate = index + 1 == schedule.gate_step
+    self_attention = Role.LIVE
+    if schedule.caches_self_attention and not (gated and schedule.fi_interval == 1):
+        # Where it is computed it is also captured, so that one graph serves both.
+        interval = schedule.fi_interval if gated else schedule.sp_interval
+        due = index % interval == 0 or (not gated and (last_before_gate or index <= schedule.warm_up))
+        self_attention = Role.CAPTURE if due else Role.REUSE
+    deep_branch = Role.LIVE
+    if schedule.deep_interval is not None:
+        start = int(schedule.gate_step) if gated and schedule.gate_step is not None else 0
+        due = last_before_gate or (index - start) % schedule.deep_interval == 0
+        deep_branch = Role.CAPTURE if due else Role.REUSE
+    if gated:
+        cross_attention = Role.REUSE
+    else:
+        # A step that reuses something is never the last before the gate, the only one whose cross-attention is kept.
+        reuses = Role.REUSE in (self_attention, deep_branch)
+        cross_attention = Role.LIVE if reuses else Role.CAPTURE
+    return Roles(cross_attention, self_attention, deep_branch)
+
+
+def check_gate_step(value: object) -> None:
+    """Raise `ArgumentError` unless ``value`` is an int ≥ 1, a float in (0, 1), or None."""
     if value is None:
-        return None
+        return
     if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
-        return value
+        return
     if isinstance(value, float) and 0.0 < value < 1.0:
-        return value
+        return
     raise ArgumentError(
         f"gate_step={value!r} ({type(value).__name__}) is not a gate step: expected an int ≥ 1 (the index of the first "
         "gated step), a float between 0 and 1 (that share of the steps), or None (never gated)."
     )
 
 
-def check_after_gate(value: object) -> str:
-    """Return ``value`` if it is a valid ``after_gate``; raise `ArgumentError` otherwise."""
-    if isinstance(value, str) and value in AFTER_GATE:
-        return value
-    raise ArgumentError(f"after_gate={value!r} is not one of {', '.join(map(repr, AFTER_GATE))}.")
-
-
-def resolve_gate(gate_step: int | float | None, steps: int | None) -> int | None:
-    """The index of the first gated step in a generation of ``steps`` steps; None where no step would be gated.
-
-    Args:
-        gate_step: as `check_gate_step` allows.
-        steps: how many steps the generation has, or None if that is unknown.
-
-    Raises:
-        ArgumentError: ``gate_step`` is a share and the number of steps is unknown.
-    """
-    if gate_step is None:
-        return None
-    if isinstance(gate_step, float):
-        if steps is None:
-            raise ArgumentError(
-                f"gate_step={gate_step!r} is a share of the steps, but this pipeline does not say how many steps it "
-                "will run: give gate_step as an int."
-            )
-        gate_step = max(1, round(gate_step * steps))
-    return None if steps is not None and gate_step >= steps else gate_step
+def check_count(name: str, value: object, *, least: int) -> None:
+    """Raise `ArgumentError` unless ``value`` is an int ≥ ``least``."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ArgumentError(
+            f"{name}={value!r} ({type(value).__name__}) is not a number of steps: expected an int ≥ {least}."
+        )

@@ -10,13 +10,17 @@ from __future__ import annotations
 import enum
 import inspect
 import re
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
 from .errors import StateError, UnsupportedError
 from .slots import ForwardSlot
+
+if TYPE_CHECKING:
+    from .deepcache import DeepBranch
 
 
 class Role(enum.Enum):
@@ -25,6 +29,19 @@ class Role(enum.Enum):
     LIVE = "live"  # compute
     CAPTURE = "capture"  # compute, and hand the value out
     REUSE = "reuse"  # return the cached value; compute nothing
+    SKIP = "skip"  # compute nothing: the value is not used
+
+
+class Roles(NamedTuple):
+    """A role for every kind of site. Where one thing is held for each kind, it is in this order."""
+
+    cross_attention: Role = Role.LIVE
+    self_attention: Role = Role.LIVE
+    deep_branch: Role = Role.LIVE
+
+
+KINDS = ("cross-attention", "self-attention", "deep branch")
+_CROSS, _SELF, _DEEP = range(len(KINDS))
 
 
 class SiteInfo(NamedTuple):
@@ -35,28 +52,32 @@ class SiteInfo(NamedTuple):
 
 
 # Names under which diffusers' models keep the attention that reads the prompt ...
-_CROSS_ATTENTION = re.compile(r"(?:^|\.)(?:attn2|audio_attn2|cross_attn|cross_attention)$")
+_CROSS_NAME = re.compile(r"(?:^|\.)(?:attn2|audio_attn2|cross_attn|cross_attention)$")
 # ... and the names of attention over frames, faces or resampled tokens that are built from the same classes.
 _NOT_ON_TEXT = re.compile(r"(?:^|\.)(?:motion_modules|temp_attentions|transformer_in|perceiver|face_adapter)(?:\.|$)")
 
 
-def find_sites(denoiser: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The cross-attention modules of ``denoiser``, as (name, module) in module order.
+def find_sites(denoiser: nn.Module) -> list[tuple[str, int, nn.Module]]:
+    """The attention modules of ``denoiser``, as (name, index into `KINDS`, module) in module order.
 
-    A module counts if it is named as a cross-attention, or is the first attention of a block without self-attention
-    (diffusers' ``only_cross_attention``), and does not say of itself that it is a self-attention.
+    A module is a cross-attention if it is named as one, or is the first attention of a block without self-attention
+    (diffusers' ``only_cross_attention``), and does not say of itself that it is a self-attention. The first attention
+    of any other block is a self-attention.
 
     Raises:
-        UnsupportedError: there is none.
+        UnsupportedError: there is no cross-attention.
     """
-    found = []
+    found: list[tuple[str, int, nn.Module]] = []
     for name, module in denoiser.named_modules():
         says_cross = getattr(module, "is_cross_attention", None)
-        named_cross = bool(_CROSS_ATTENTION.search(name)) and says_cross is not False
-        instead_of_self = name.endswith(".attn1") and says_cross is True
-        if (named_cross or instead_of_self) and not _NOT_ON_TEXT.search(name):
-            found.append((name, module))
-    if not found:
+        first = name.endswith(".attn1")
+        if _NOT_ON_TEXT.search(name):
+            continue
+        if (_CROSS_NAME.search(name) and says_cross is not False) or (first and says_cross is True):
+            found.append((name, _CROSS, module))
+        elif first:
+            found.append((name, _SELF, module))
+    if not any(kind == _CROSS for _, kind, _ in found):
         raise UnsupportedError(
             f"{type(denoiser).__name__} has no cross-attention that could be cached: expected modules named attn2, "
             "cross_attn or cross_attention that read the text apart from the image. Models with joint attention "
@@ -66,30 +87,45 @@ def find_sites(denoiser: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 class Site:
-    """One module whose output may be cached; callable in place of the module's ``forward``."""
+    """One module whose output may be cached; callable in place of the module's ``forward``.
 
-    def __init__(self, sites: Sites, index: int, name: str, module: nn.Module) -> None:
+    Attributes:
+        name: the module's name within the denoiser.
+        kind: index into `KINDS`.
+        branch: for a site of the deep branch, that branch's number.
+    """
+
+    def __init__(self, sites: Sites, name: str, kind: int, module: nn.Module, branch: int | None = None) -> None:
         self._sites = sites
-        self._index = index
+        self._index = len(sites.sites)
         self.name = name
+        self.kind = kind
+        self.branch = branch
         self.__signature__ = inspect.signature(module.forward)
         self._slot = ForwardSlot(module, self)
         self._inner = self._slot.inner
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module, in place of its ``forward``, as its role says."""
-        sites = self._sites
-        if sites.roles is None:
-            return self._inner(*args, **kwargs)
-        role = sites.roles[self._index]
+        role = self._sites.role(self._index)
         if role is Role.REUSE:
-            return sites.values[self._index]
+            return self._sites.values[self._index]
         if role is Role.LIVE:
             return self._inner(*args, **kwargs)
-        self._check_text(args, kwargs)
-        output = self._inner(*args, **kwargs)
-        self._check_output(output)
-        sites.values[self._index] = output
+        if self.kind == _CROSS:
+            self._check_text(args, kwargs)
+        return self._capture(self._inner(*args, **kwargs))
+
+    def _capture(self, output: Any) -> Any:
+        if not isinstance(output, torch.Tensor):
+            raise UnsupportedError(
+                f"{self.name} returned {type(output).__name__}: expected one tensor to cache. Leave this model ungated."
+            )
+        if self._sites.values[self._index] is not None:
+            raise UnsupportedError(
+                f"{self.name} ran more than once in one call of the denoiser: expected once. Turn off what repeats it."
+            )
+        self._sites.values[self._index] = output
         return output
 
     def _check_text(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -101,19 +137,54 @@ class Site:
                 "Call the denoiser with its text, or leave this model ungated."
             )
 
-    def _check_output(self, output: Any) -> None:
-        if not isinstance(output, torch.Tensor):
-            raise UnsupportedError(
-                f"{self.name} returned {type(output).__name__}: expected one tensor to cache. Leave this model ungated."
-            )
-        if self._sites.values[self._index] is not None:
-            raise UnsupportedError(
-                f"{self.name} ran more than once in one call of the denoiser: expected once. Turn off what repeats it."
-            )
-
     def remove(self) -> None:
         """Give the module its own ``forward`` back."""
         self._slot.remove()
+
+
+class TupleSite(Site):
+    """A site whose module returns its tensor in a tuple, as the transformers within UNet blocks do."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module, in place of its ``forward``, as its role says."""
+        role = self._sites.role(self._index)
+        if role is Role.REUSE:
+            return (self._sites.values[self._index],)
+        output = self._inner(*args, **kwargs)
+        if role is Role.CAPTURE:
+            self._capture(output[0])
+        return output
+
+
+class SkippedSite(Site):
+    """A module of which nothing is used while the deep branch is cached.
+
+    While skipped it returns an empty stand-in of its usual shape. Where a phase is compiled it is traced as it is: the
+    compiler drops what is not used.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._stand_ins: dict[torch.Size, Any] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module, in place of its ``forward``, as its role says."""
+        role = self._sites.role(self._index)
+        if self._sites.roles is None or torch.compiler.is_compiling():
+            return self._inner(*args, **kwargs)
+        shape = (args[0] if args else kwargs["hidden_states"]).shape
+        if role is Role.SKIP:
+            return self._stand_ins[shape]
+        output = self._inner(*args, **kwargs)
+        self._stand_ins[shape] = _stand_in(output)
+        return output
+
+
+def _stand_in(output: Any) -> Any:
+    """Tensors without storage to speak of, in the form of ``output``."""
+    if isinstance(output, torch.Tensor):
+        return output.new_zeros(()).expand(output.shape)
+    return tuple(_stand_in(value) for value in output)
 
 
 class Sites:
@@ -122,28 +193,60 @@ class Sites:
     Attributes:
         roles: a role for each site, or None outside a phase: every site is LIVE.
         values: for each site the cached tensor (REUSE) or, once it has run, the captured one (CAPTURE).
+        sites: every site, in the order in which they were put on their modules.
     """
 
     def __init__(self, denoiser: nn.Module) -> None:
+        self._denoiser = denoiser
         self.roles: tuple[Role, ...] | None = None
         self.values: list[Any] = []
         self.sites: list[Site] = []
-        for index, (name, module) in enumerate(find_sites(denoiser)):
-            self.sites.append(Site(self, index, name, module))
+        for name, kind, module in find_sites(denoiser):
+            self.sites.append(Site(self, name, kind, module))
 
-    def __len__(self) -> int:
-        return len(self.sites)
+    def role(self, index: int) -> Role:
+        """What the site with this index does now."""
+        # A phase may be older than a site that another pipeline has added for its deep branch.
+        return Role.LIVE if self.roles is None or index >= len(self.roles) else self.roles[index]
 
-    def check_captured(self, captured: tuple[Any, ...]) -> None:
-        """Raise `StateError` if a site did not run while its denoiser did."""
-        for site, value in zip(self.sites, captured, strict=True):
+    def add_deep_branch(self, number: int, branch: DeepBranch) -> None:
+        """Put sites on the modules of a deep branch, unless they are there already."""
+        if any(site.branch == number for site in self.sites):
+            return
+        cls = TupleSite if branch.in_tuple else Site
+        self.sites.append(cls(self, branch.exit, _DEEP, self._denoiser.get_submodule(branch.exit), number))
+        for name in branch.skipped:
+            self.sites.append(SkippedSite(self, name, _DEEP, self._denoiser.get_submodule(name), number))
+
+    def assign(self, roles: Roles, branch: int | None) -> tuple[Role, ...]:
+        """A role for each site: that of its kind, and LIVE in every deep branch but this one."""
+        return tuple(self._assigned(site, roles, branch) for site in self.sites)
+
+    def _assigned(self, site: Site, roles: Roles, branch: int | None) -> Role:
+        if site.kind != _DEEP:
+            return roles[site.kind]
+        if site.branch != branch:
+            return Role.LIVE
+        if isinstance(site, SkippedSite):
+            return Role.SKIP if roles.deep_branch is Role.REUSE else Role.LIVE
+        return roles.deep_branch
+
+    def of_kind(self, kind: int) -> list[Site]:
+        """The sites of one kind that can be cached, in order."""
+        return [site for site in self.sites if site.kind == kind and not isinstance(site, SkippedSite)]
+
+    def check_captured(self, kind: int, branch: int | None, captured: Sequence[Any]) -> None:
+        """Raise `StateError` if a site of this kind did not run while its denoiser did."""
+        sites = [site for site in self.of_kind(kind) if site.branch in (None, branch)]
+        for site, value in zip(sites, captured, strict=True):
             if value is None:
                 raise StateError(
-                    f"{site.name} did not go through tgate_fx while the denoiser ran: its forward was replaced or the "
-                    "block is skipped since the pipeline was gated. Call tgate_fx.restore(pipe), then gate it again."
+                    f"{site.name} did not go through tgate_fx while the denoiser ran: expected the forward that was "
+                    "put on it, but it was replaced, or its block is skipped. Call tgate_fx.restore(pipe), then gate "
+                    "it again."
                 )
 
     def remove(self) -> None:
-        """Take every site off its module."""
-        for site in self.sites:
+        """Take every site off its module, the last one put on first."""
+        for site in reversed(self.sites):
             site.remove()

@@ -8,57 +8,71 @@ from typing import Any
 import torch
 
 from .errors import ArgumentError
-from .schedule import POST_GATE, PRE_GATE, Roles
-from .sites import Role, Sites
+from .sites import KINDS, Role, Roles, Sites
 
-PhaseResult = tuple[Any, tuple[torch.Tensor, ...]]
-PhaseFunction = Callable[[Sequence[torch.Tensor], Sequence[Any], dict[str, Any]], PhaseResult]
+Cache = tuple[Sequence[torch.Tensor], ...]  # for each kind of site, a tensor for each site; () for a kind not reused
+PhaseResult = tuple[Any, Cache]
+PhaseFunction = Callable[[Cache, Sequence[Any], dict[str, Any]], PhaseResult]
 
 
-def phase_function(sites: Sites, forward: Callable[..., Any], roles: Roles) -> PhaseFunction:
+def phase_function(sites: Sites, forward: Callable[..., Any], roles: Roles, branch: int | None = None) -> PhaseFunction:
     """The pure function ``(cache, args, kwargs) -> (output, captured)`` of one phase.
 
     Args:
         sites: the sites of the denoiser.
         forward: the denoiser's own forward.
         roles: what the sites do.
+        branch: the number of the deep branch that ``roles`` speak of, if any.
 
     Returns:
-        A function whose ``cache`` holds one tensor for each site that is REUSE, and whose ``captured`` holds one for
-        each site that is CAPTURE, both in site order. It sets the roles inside itself, so that torch.compile sees them
-        as constants: no guard, one graph for each phase.
+        A function whose ``cache`` holds, for each kind of site that is REUSE, one tensor for each site, and whose
+        ``captured`` holds the same for each kind that is CAPTURE, in site order. It sets the roles inside itself, so
+        that torch.compile sees them as constants: no guard, one graph for each phase.
     """
-    site_roles = (roles.cross_attention,) * len(sites)
-    reused = tuple(index for index, role in enumerate(site_roles) if role is Role.REUSE)
-    captured = tuple(index for index, role in enumerate(site_roles) if role is Role.CAPTURE)
+    site_roles = sites.assign(roles, branch)
+    reused, captured = (
+        tuple(
+            tuple(
+                index
+                for index, (site, role) in enumerate(zip(sites.sites, site_roles, strict=True))
+                if site.kind == kind and role is wanted
+            )
+            for kind in range(len(KINDS))
+        )
+        for wanted in (Role.REUSE, Role.CAPTURE)
+    )
 
-    def run(cache: Sequence[torch.Tensor], args: Sequence[Any], kwargs: dict[str, Any]) -> PhaseResult:
+    def run(cache: Cache, args: Sequence[Any], kwargs: dict[str, Any]) -> PhaseResult:
         values: list[Any] = [None] * len(site_roles)
-        for position, index in enumerate(reused):
-            values[index] = cache[position]
+        for held, indices in zip(cache, reused, strict=True):
+            for value, index in zip(held, indices, strict=True):
+                values[index] = value
         sites.roles, sites.values = site_roles, values
         try:
             output = forward(*args, **kwargs)
         finally:
             sites.roles, sites.values = None, []
-        return output, tuple([values[index] for index in captured])
+        return output, tuple([tuple([values[index] for index in indices]) for indices in captured])
 
     return run
 
 
 def split(sites: Sites, forward: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The pre-gate and post-gate functions of `tgate_fx.split`."""
-    run_pre = phase_function(sites, forward, PRE_GATE.roles)
-    run_post = phase_function(sites, forward, POST_GATE.roles)
+    run_pre = phase_function(sites, forward, Roles(Role.CAPTURE))
+    run_post = phase_function(sites, forward, Roles(Role.REUSE))
+    count = len(sites.of_kind(0))
 
-    def pre(*args: Any, **kwargs: Any) -> tuple[Any, tuple[torch.Tensor, ...]]:
-        return run_pre((), args, kwargs)
+    def pre(*args: Any, **kwargs: Any) -> tuple[Any, Sequence[torch.Tensor]]:
+        output, captured = run_pre(((), (), ()), args, kwargs)
+        return output, captured[0]
 
     def post(cache: Sequence[torch.Tensor], *args: Any, **kwargs: Any) -> Any:
-        if len(cache) != len(sites):
+        if len(cache) != count:
             raise ArgumentError(
-                f"The cache holds {len(cache)} tensors: expected the {len(sites)} that pre(...) returned."
+                f"The cache holds {len(cache)} tensors: expected the {count} that pre(...) returned. Hand over all of "
+                "it."
             )
-        return run_post(cache, args, kwargs)[0]
+        return run_post((cache, (), ()), args, kwargs)[0]
 
     return pre, post
