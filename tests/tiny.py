@@ -8,8 +8,22 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, PixArtTransformer2DModel, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLTemporalDecoder,
+    PixArtTransformer2DModel,
+    UNet2DConditionModel,
+    UNetSpatioTemporalConditionModel,
+)
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
 TOKENS = 77
 TEXT_WIDTH = 32
@@ -125,6 +139,65 @@ def sdxl(cls: str = "StableDiffusionXLPipeline", seed: int = 0, **unet_changes: 
             add_watermarker=False,
         )
     )
+
+
+def svd(seed: int = 0) -> Any:
+    """Stable Video Diffusion: call it with `svd_inputs`."""
+    torch.manual_seed(seed)
+    unet = UNetSpatioTemporalConditionModel(
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        sample_size=16,
+        in_channels=8,
+        out_channels=4,
+        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+        cross_attention_dim=TEXT_WIDTH,
+        num_attention_heads=2,
+        projection_class_embeddings_input_dim=24,
+        addition_time_embed_dim=8,
+    ).eval()
+    temporal_vae = AutoencoderKLTemporalDecoder(
+        block_out_channels=(32, 64),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        latent_channels=4,
+        layers_per_block=1,
+    ).eval()
+    vision = CLIPVisionConfig(
+        hidden_size=TEXT_WIDTH,
+        projection_dim=TEXT_WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=32,
+        intermediate_size=37,
+        patch_size=16,
+    )
+    return _quiet(
+        diffusers.StableVideoDiffusionPipeline(
+            vae=temporal_vae,
+            image_encoder=CLIPVisionModelWithProjection(vision).eval(),
+            unet=unet,
+            scheduler=diffusers.EulerDiscreteScheduler(
+                beta_start=0.00085,
+                beta_end=0.012,
+                beta_schedule="scaled_linear",
+                interpolation_type="linear",
+                prediction_type="v_prediction",
+                sigma_max=700.0,
+                sigma_min=0.002,
+                steps_offset=1,
+                timestep_spacing="leading",
+                timestep_type="continuous",
+                use_karras_sigmas=True,
+            ),
+            feature_extractor=CLIPImageProcessorPil(crop_size=32, size={"shortest_edge": 32}),
+        )
+    )
+
+
+def svd_inputs() -> dict[str, Any]:
+    image = torch.rand((1, 3, 32, 32), generator=torch.Generator().manual_seed(3))
+    return {"image": image, "height": 32, "width": 32, "num_frames": 2, "decode_chunk_size": 1}
 
 
 def pixart_transformer(**changes: Any) -> PixArtTransformer2DModel:

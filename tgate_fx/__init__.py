@@ -2,6 +2,16 @@
 
 from .deepcache import DeepCache
 from .errors import ArgumentError, CompileError, StateError, TGateError, UnsupportedError
+from .loaders import (
+    TgatePixArtAlphaLoader,
+    TgatePixArtLoader,
+    TgatePixArtSigmaLoader,
+    TgateSDDeepCacheLoader,
+    TgateSDLoader,
+    TgateSDXLDeepCacheLoader,
+    TgateSDXLLoader,
+    TgateSVDLoader,
+)
 from .pipeline import compile, disabled, gate, report, restore, sites, split
 from .report import Report, StepReport
 from .sites import SiteInfo
@@ -17,6 +27,14 @@ __all__ = [
     "StateError",
     "StepReport",
     "TGateError",
+    "TgatePixArtAlphaLoader",
+    "TgatePixArtLoader",
+    "TgatePixArtSigmaLoader",
+    "TgateSDDeepCacheLoader",
+    "TgateSDLoader",
+    "TgateSDXLDeepCacheLoader",
+    "TgateSDXLLoader",
+    "TgateSVDLoader",
     "UnsupportedError",
     "compile",
     "disabled",

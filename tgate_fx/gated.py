@@ -75,8 +75,14 @@ class Gated:
         settings = self._settings
         self.compiled = None if settings is None else CompiledPhases(function_of, self.denoiser, settings)
         self.phases: Phases = self.compiled or EagerPhases(function_of, dispatch.inner)
-        vars(pipe)[_ATTRIBUTE] = self
+        self._attributes: list[str] = []
+        self.add(pipe, _ATTRIBUTE, self)
         pipe.__class__ = self._gated_class
+
+    def add(self, pipe: Any, name: str, value: object) -> None:
+        """Give the pipeline an attribute that goes when the gate is taken off."""
+        vars(pipe)[name] = value
+        self._attributes.append(name)
 
     def detach(self, pipe: Any) -> None:
         """Take this gate off its pipeline."""
@@ -88,7 +94,8 @@ class Gated:
         with self._one_at_a_time():
             self.dispatch.release()
             pipe.__class__ = self._plain_class
-            del vars(pipe)[_ATTRIBUTE]
+            for name in self._attributes:
+                del vars(pipe)[name]
 
     def generate(self, pipe: Any, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the pipeline's own ``__call__`` as one generation."""

@@ -1,0 +1,445 @@
+"""Every row of upstream's loader table: family × setting × scheduler × oracle, bit-exact; and how many graphs it takes.
+
+The oracles are upstream `tgate` 1.0.0 and the `DeepCache` package, which this project did not write.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import tgate
+import torch
+from DeepCache import DeepCacheSDHelper
+
+import tgate_fx
+from tests import tiny
+from tests.conftest import CountingBackend
+
+MAKERS = {**tiny.MAKERS, "svd": tiny.svd}
+LOADERS = {
+    "sd": "TgateSDLoader",
+    "sdxl": "TgateSDXLLoader",
+    "sdxl-lcm": "TgateSDXLLoader",
+    "pixart-alpha": "TgatePixArtAlphaLoader",
+    "pixart-alpha-lcm": "TgatePixArtAlphaLoader",
+    "pixart-sigma": "TgatePixArtSigmaLoader",
+    "svd": "TgateSVDLoader",
+}
+DEEPCACHE_LOADERS = {"sd": "TgateSDDeepCacheLoader", "sdxl": "TgateSDXLDeepCacheLoader"}
+
+# (gate_step, sp_interval, fi_interval, warm_up): TGATE-V2's figures, and the corners.
+SETTINGS = [(10, 5, 1, 2), (15, 3, 1, 2), (5, 2, 2, 1), (4, 1, 3, 0)]
+GRAPHS = {(10, 5, 1, 2): 3, (15, 3, 1, 2): 3, (5, 2, 2, 1): 4, (4, 1, 3, 0): 3}
+
+
+def inputs(family: str, prompts: int = 1) -> dict[str, Any]:
+    return tiny.svd_inputs() if family == "svd" else tiny.inputs(family, prompts)
+
+
+def with_scheduler(family: str, scheduler: str | None) -> Any:
+    pipe = MAKERS[family]()
+    if scheduler is not None:
+        pipe.scheduler = tiny.scheduler(scheduler)
+    return pipe
+
+
+def final(call: Any, **kwargs: Any) -> torch.Tensor:
+    """The latents that a call of a pipeline, or of its ``tgate``, ends with."""
+    generator = torch.Generator().manual_seed(7)
+    result = call(**kwargs, generator=generator, output_type="latent", return_dict=False)
+    return result if isinstance(result, torch.Tensor) else result[0]
+
+
+def names(setting: tuple[int, int, int, int]) -> dict[str, int]:
+    return dict(zip(("gate_step", "sp_interval", "fi_interval", "warm_up"), setting, strict=True))
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize(
+    ("family", "scheduler"),
+    [
+        *[("sd", name) for name in ("DDIM", "EulerDiscrete", "DPMSolverMultistep")],
+        *[("sdxl", name) for name in ("DDIM", "EulerDiscrete", "EulerAncestralDiscrete")],
+        *[("pixart-alpha", name) for name in ("DPMSolverMultistep", "DDIM")],
+        *[("pixart-sigma", name) for name in ("DPMSolverMultistep", "EulerDiscrete")],
+        ("svd", None),
+    ],
+)
+def test_self_attention_intervals(family: str, scheduler: str | None, setting: tuple[int, int, int, int]) -> None:
+    kwargs = {**inputs(family, 2), "num_inference_steps": 18}
+    upstream = getattr(tgate, LOADERS[family])(with_scheduler(family, scheduler))
+    expected = final(upstream.tgate, **kwargs, **names(setting))
+    pipe = tgate_fx.gate(with_scheduler(family, scheduler), **names(setting))
+    assert torch.equal(final(pipe, **kwargs), expected)
+    # The same for one call of a pipeline that was gated otherwise, and through our loader.
+    pipe = getattr(tgate_fx, LOADERS[family])(with_scheduler(family, scheduler))
+    assert torch.equal(final(pipe.tgate, **kwargs, **names(setting)), expected)
+    assert torch.equal(final(pipe, **kwargs, **names(setting)), expected)
+
+
+def test_self_attention_intervals_matter() -> None:
+    kwargs = {**inputs("sd"), "num_inference_steps": 12}
+    results = [
+        final(tgate_fx.gate(tiny.sd(), 6, sp_interval=sp, fi_interval=fi), **kwargs)
+        for sp, fi in ((1, 1), (3, 1), (1, 3))
+    ]
+    assert not any(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("family", ["sd", "pixart-sigma"])
+def test_self_attention_intervals_without_guidance_or_for_both_branches(family: str) -> None:
+    """Upstream cannot run these; each row must do what it does alone."""
+    settings = {"gate_step": 5, "sp_interval": 2, "fi_interval": 3, "num_inference_steps": 11}
+    alone = inputs(family, 1)
+    both = {**inputs(family, 2)}
+    for name, value in alone.items():
+        if isinstance(value, torch.Tensor):
+            both[name] = torch.cat([value, value])
+        elif name == "prompt" and value is not None:
+            both[name] = value * 2
+    for extra in ({"guidance_scale": 1.0}, {}):
+        pipe = tgate_fx.gate(MAKERS[family](), after_gate="both")
+        shape = (1, 4, 8, 8)
+        latents = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+        one = final(pipe, **alone, **settings, **extra, latents=latents)
+        two = final(pipe, **both, **settings, **extra, latents=torch.cat([latents] * 2))
+        torch.testing.assert_close(two, torch.cat([one, one]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("gate", [1, 2, 4, 6])
+@pytest.mark.parametrize("guidance", [{}, {"min_guidance_scale": 2.0, "max_guidance_scale": 6.0}])
+def test_stable_video_diffusion(gate: int, guidance: dict[str, float]) -> None:
+    kwargs = {**tiny.svd_inputs(), "num_inference_steps": 6, **guidance}
+    intervals = {"sp_interval": 1, "fi_interval": 1, "warm_up": 0}
+    upstream = tgate.TgateSVDLoader(tiny.svd())
+    expected = final(upstream.tgate, **kwargs, gate_step=gate, **intervals)
+    pipe = tgate_fx.gate(tiny.svd(), gate)
+    assert torch.equal(final(pipe, **kwargs), expected)
+    with tgate_fx.disabled(pipe):
+        assert torch.equal(final(pipe, **kwargs), final(tiny.svd(), **kwargs))
+
+
+def test_what_upstream_calls_the_negative_branch_of_svd_is_the_image() -> None:
+    """Its loader keeps the conditioning that was encoded without guidance, which is the positive branch."""
+    kwargs = {**tiny.svd_inputs(), "num_inference_steps": 6}
+    default, positive, negative = (
+        final(tgate_fx.gate(tiny.svd(), 2, **extra), **kwargs)
+        for extra in ({}, {"after_gate": "positive"}, {"after_gate": "negative"})
+    )
+    assert torch.equal(default, positive)
+    assert not torch.equal(default, negative)
+
+
+@pytest.mark.parametrize("gate", [1, 2])
+@pytest.mark.parametrize("family", ["sdxl-lcm", "pixart-alpha-lcm"])
+def test_lcm(family: str, gate: int) -> None:
+    kwargs = {**inputs(family, 2), "num_inference_steps": 4, "lcm": True, "gate_step": gate}
+    intervals = {"sp_interval": 1, "fi_interval": 1, "warm_up": 0}
+    upstream = getattr(tgate, LOADERS[family])(with_scheduler(family, "LCM"))
+    pipe = getattr(tgate_fx, LOADERS[family])(with_scheduler(family, "LCM"))
+    assert torch.equal(final(pipe.tgate, **kwargs, **intervals), final(upstream.tgate, **kwargs, **intervals))
+
+
+@pytest.mark.parametrize("interval", [2, 3, 5])
+@pytest.mark.parametrize(
+    ("family", "scheduler", "branches"),
+    [
+        ("sd", "DDIM", range(6)),
+        ("sd", "EulerDiscrete", (0, 3)),
+        ("sd", "DPMSolverMultistep", (1,)),
+        ("sdxl", "DDIM", (0, 1, 3)),
+        ("sdxl", "EulerDiscrete", (0, 4)),
+    ],
+)
+def test_deepcache_alone_equals_the_package(family: str, scheduler: str, branches: Any, interval: int) -> None:
+    kwargs = {**inputs(family, 2), "num_inference_steps": 8}
+    for branch in branches:
+        plain = with_scheduler(family, scheduler)
+        helper = DeepCacheSDHelper(pipe=plain)
+        helper.set_params(cache_interval=interval, cache_branch_id=branch)
+        helper.enable()
+        deepcache = tgate_fx.DeepCache(interval=interval, branch=branch)
+        pipe = tgate_fx.gate(with_scheduler(family, scheduler), None, deepcache=deepcache)
+        got = final(pipe, **kwargs)
+        assert torch.equal(got, final(plain, **kwargs))
+        assert not torch.equal(got, final(with_scheduler(family, scheduler), **kwargs))
+
+
+def deep_unet() -> dict[str, Any]:
+    """A UNet with three blocks of two layers, so that no branch is a special case of another."""
+    return {
+        "block_out_channels": (16, 16, 32),
+        "layers_per_block": 2,
+        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    }
+
+
+@pytest.mark.parametrize("branch", range(9))
+def test_every_branch_of_a_deeper_unet(branch: int) -> None:
+    kwargs = {**inputs("sd"), "num_inference_steps": 5}
+    plain = tiny.sd(**deep_unet())
+    helper = DeepCacheSDHelper(pipe=plain)
+    helper.set_params(cache_interval=3, cache_branch_id=branch)
+    helper.enable()
+    pipe = tgate_fx.gate(tiny.sd(**deep_unet()), None, deepcache=tgate_fx.DeepCache(3, branch))
+    assert torch.equal(final(pipe, **kwargs), final(plain, **kwargs))
+
+
+@pytest.mark.parametrize("scheduler", ["DDIM", "EulerDiscrete"])
+@pytest.mark.parametrize(
+    ("gate", "interval", "branch"), [(4, 3, 0), (5, 2, 1), (1, 3, 0), (7, 5, 3), (3, 3, 4), (9, 3, 0)]
+)
+@pytest.mark.parametrize("family", DEEPCACHE_LOADERS)
+def test_deepcache_with_a_gate(family: str, gate: int, interval: int, branch: int, scheduler: str) -> None:
+    kwargs = {**inputs(family, 2), "num_inference_steps": 9}
+    settings = {"cache_interval": interval, "cache_branch_id": branch}
+    upstream = getattr(tgate, DEEPCACHE_LOADERS[family])(with_scheduler(family, scheduler), **settings)
+    expected = final(upstream.tgate, **kwargs, gate_step=gate)
+    deepcache = tgate_fx.DeepCache(interval, branch)
+    pipe = tgate_fx.gate(with_scheduler(family, scheduler), gate, deepcache=deepcache)
+    assert torch.equal(final(pipe, **kwargs), expected)
+    pipe = getattr(tgate_fx, DEEPCACHE_LOADERS[family])(with_scheduler(family, scheduler), **settings)
+    assert torch.equal(final(pipe.tgate, **kwargs, gate_step=gate), expected)
+
+
+def test_deepcache_counts_evaluations_where_the_package_looks_timesteps_up() -> None:
+    """PNDM repeats a timestep; the package finds its first place in the list both times, and is one step behind."""
+    kwargs = {**inputs("sd"), "num_inference_steps": 6}
+    plain = with_scheduler("sd", "PNDM")
+    helper = DeepCacheSDHelper(pipe=plain)
+    helper.set_params(cache_interval=2, cache_branch_id=0)
+    helper.enable()
+    pipe = tgate_fx.gate(with_scheduler("sd", "PNDM"), None, deepcache=tgate_fx.DeepCache(2))
+    assert not torch.equal(final(pipe, **kwargs), final(plain, **kwargs))
+    shallow = ["shallow" in step.phase for step in tgate_fx.report(pipe).steps]
+    assert shallow == [False, True, False, True, False, True, False]
+
+
+def test_deepcache_leaves_nothing_behind() -> None:
+    pipe = tiny.sd()
+    kwargs = {**inputs("sd"), "num_inference_steps": 5}
+    expected = final(pipe, **kwargs)
+    before = [set(vars(module)) for module in pipe.unet.modules()]
+    tgate_fx.gate(pipe, 3, deepcache=tgate_fx.DeepCache(2, 1))
+    cached = final(pipe, **kwargs)
+    with tgate_fx.disabled(pipe):
+        assert torch.equal(final(pipe, **kwargs), expected)
+    assert torch.equal(final(pipe, **kwargs), cached)
+    tgate_fx.restore(pipe)
+    assert [set(vars(module)) for module in pipe.unet.modules()] == before
+    assert torch.equal(final(pipe, **kwargs), expected)
+
+
+def test_pipelines_that_share_a_unet_may_have_different_deep_branches() -> None:
+    kwargs = {**inputs("sd"), "num_inference_steps": 6}
+    first = tgate_fx.gate(tiny.sd(), 4, deepcache=tgate_fx.DeepCache(3, 0))
+    second = type(tiny.sd())(**first.components, requires_safety_checker=False)
+    second.set_progress_bar_config(disable=True)
+    one = final(first, **kwargs)
+    tgate_fx.gate(second, None, deepcache=tgate_fx.DeepCache(2, 1))
+    two = final(second, **kwargs)
+    assert torch.equal(one, final(tgate_fx.gate(tiny.sd(), 4, deepcache=tgate_fx.DeepCache(3, 0)), **kwargs))
+    assert torch.equal(two, final(tgate_fx.gate(tiny.sd(), None, deepcache=tgate_fx.DeepCache(2, 1)), **kwargs))
+    assert torch.equal(final(first, **kwargs), one)
+    tgate_fx.restore(first)
+    assert torch.equal(final(second, **kwargs), two)
+
+
+def graph_names(graph: torch.fx.GraphModule) -> str:
+    return " ".join(node.name for node in graph.graph.nodes)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "graphs"),
+    [
+        *[("sd", names(setting), GRAPHS[setting]) for setting in SETTINGS],
+        ("sdxl", names(SETTINGS[0]), 3),
+        ("pixart-alpha", names(SETTINGS[2]), 4),
+        ("pixart-sigma", names(SETTINGS[1]), 3),
+        ("svd", {"gate_step": 4}, 2),
+        ("svd", names(SETTINGS[2]), 4),
+        ("sd", {"gate_step": 6, "deepcache": tgate_fx.DeepCache(3, 0)}, 4),
+        ("sdxl", {"gate_step": 6, "deepcache": tgate_fx.DeepCache(2, 3)}, 4),
+        ("sd", {"gate_step": None, "deepcache": tgate_fx.DeepCache(3, 1)}, 2),
+        ("sdxl-lcm", {"gate_step": 2}, 2),
+        ("pixart-alpha-lcm", {"gate_step": 1}, 2),
+    ],
+)
+def test_compiled_rows_take_a_constant_number_of_graphs(
+    family: str, settings: dict[str, Any], graphs: int, backend: CountingBackend
+) -> None:
+    pipe = tgate_fx.compile(MAKERS[family](), **settings, backend=backend)
+    eager = tgate_fx.gate(MAKERS[family](), **settings)
+    steps = 4 if family.endswith("lcm") else 18
+    changes: list[dict[str, Any]] = [{}, {}, {"num_inference_steps": steps + 1}]
+    if settings["gate_step"] is not None:
+        changes[1]["gate_step"] = settings["gate_step"] + 1
+    if settings.get("sp_interval", 1) > 1:
+        changes[2].update(sp_interval=settings["sp_interval"] + 1, warm_up=1)
+    for generation, change in enumerate(changes):
+        kwargs = {**inputs(family), "num_inference_steps": steps, **change}
+        if "prompt" in kwargs and kwargs["prompt"] is not None:
+            kwargs["prompt"] = [f"a cat {generation}"]
+        got = final(pipe, **kwargs)
+        assert torch.equal(got, final(eager, **kwargs))
+        assert len(backend.graphs) == graphs
+        assert tgate_fx.report(pipe).recompiles == 0
+
+
+def test_a_shallow_graph_has_nothing_of_the_deep_branch(backend: CountingBackend) -> None:
+    pipe = tgate_fx.compile(tiny.sd(), 4, deepcache=tgate_fx.DeepCache(2, 1), backend=backend)
+    final(pipe, **inputs("sd"), num_inference_steps=8)
+    full, shallow, post_full, post_shallow = map(graph_names, backend.graphs)
+    for graph in (full, post_full):
+        assert "mid_block" in graph
+        assert "down_blocks_modules_1" in graph
+    for graph in (shallow, post_shallow):
+        assert "mid_block" not in graph
+        assert "down_blocks_modules_1" not in graph
+        assert "up_blocks_modules_0" not in graph
+        assert "down_blocks_modules_0" in graph
+        assert "up_blocks_modules_1" in graph
+    assert "attn2" in shallow
+    assert "attn2" not in post_shallow
+
+
+def test_a_reusing_graph_has_no_self_attention(backend: CountingBackend) -> None:
+    pipe = tgate_fx.compile(tiny.sd(), 4, sp_interval=2, fi_interval=2, backend=backend)
+    final(pipe, **inputs("sd"), num_inference_steps=8)
+    phases = dict(zip(("capture", "reuse", "post", "post reuse"), map(graph_names, backend.graphs), strict=True))
+    assert {name for name, graph in phases.items() if "attn1" in graph} == {"capture", "post"}
+    assert {name for name, graph in phases.items() if "attn2" in graph} == {"capture", "reuse"}
+
+
+@pytest.mark.parametrize("enable", ["before", "after"])
+def test_an_enabled_deepcache_helper_is_refused(enable: str) -> None:
+    pipe = tiny.sd()
+    kwargs = {**inputs("sd"), "num_inference_steps": 5}
+    helper = DeepCacheSDHelper(pipe=pipe)
+    helper.set_params(cache_interval=4, cache_branch_id=1)
+    message = r"DeepCacheSDHelper is enabled.*expected none.*helper\.disable\(\).*DeepCache\(interval=4, branch=1\)"
+    if enable == "before":
+        expected = final(pipe, **kwargs)
+        helper.enable()
+        with pytest.raises(tgate_fx.UnsupportedError, match=message):
+            tgate_fx.gate(pipe)
+        helper.disable()
+        assert torch.equal(final(pipe, **kwargs), expected)
+    else:
+        tgate_fx.gate(pipe, 2)
+        expected = final(pipe, **kwargs)
+        helper.enable()
+        with pytest.raises(tgate_fx.UnsupportedError, match=message):
+            final(pipe, **kwargs)
+        helper.disable()
+        assert torch.equal(final(pipe, **kwargs), expected)
+
+
+def test_refused_deepcache_settings() -> None:
+    for branch in (6, 12):
+        with pytest.raises(
+            tgate_fx.UnsupportedError, match=rf"branch={branch}\) begins.*expected a branch from 0 to 5"
+        ):
+            tgate_fx.gate(tiny.sd(), deepcache=tgate_fx.DeepCache(3, branch))
+    with pytest.raises(tgate_fx.UnsupportedError, match="PixArtTransformer2DModel has no down, mid and up blocks"):
+        tgate_fx.gate(tiny.pixart(), deepcache=tgate_fx.DeepCache())
+    for bad in ({"interval": 0}, {"interval": 1.5}, {"branch": -1}, {"branch": True}):
+        with pytest.raises(tgate_fx.ArgumentError, match="expected an int ≥"):
+            tgate_fx.DeepCache(**bad)
+    for bad in (3, {"interval": 3}, "yes"):
+        with pytest.raises(tgate_fx.ArgumentError, match=r"deepcache=.*expected tgate_fx\.DeepCache\(interval"):
+            tgate_fx.gate(tiny.sd(), deepcache=bad)
+    with pytest.raises(tgate_fx.ArgumentError, match=r"deepcache was given with sp_interval=3.*one or the other"):
+        tgate_fx.gate(tiny.sd(), sp_interval=3, deepcache=tgate_fx.DeepCache())
+
+
+def test_sites_and_report_name_what_is_cached() -> None:
+    pipe = tgate_fx.gate(tiny.sd(), 4, deepcache=tgate_fx.DeepCache(2, 0))
+    assert [site.kind for site in tgate_fx.sites(pipe)] == ["cross-attention"] * 4 + ["deep branch"]
+    assert tgate_fx.sites(pipe)[-1].name == "up_blocks.1.attentions.0"
+    final(pipe, **inputs("sd"), num_inference_steps=7)
+    phases = [step.phase for step in tgate_fx.report(pipe).steps]
+    pre, post = ["pre-gate", "pre-gate, shallow"], ["post-gate", "post-gate, shallow"]
+    assert phases == [*pre, pre[0], pre[0], *post, post[0]]
+    pipe = tgate_fx.gate(tiny.sd(), 4, sp_interval=2)
+    assert [site.kind for site in tgate_fx.sites(pipe)].count("self-attention") == 4
+    final(pipe, **inputs("sd"), num_inference_steps=5)
+    assert tgate_fx.report(pipe).steps[1].phase == "pre-gate, self-attention reused"
+
+
+@pytest.mark.parametrize(
+    ("loader", "family"),
+    [
+        *[(loader, family) for family, loader in LOADERS.items()],
+        *[(loader, family) for family, loader in DEEPCACHE_LOADERS.items()],
+        ("TgatePixArtLoader", "pixart-alpha"),
+    ],
+)
+def test_loaders_have_upstreams_defaults(loader: str, family: str) -> None:
+    upstream = getattr(tgate, loader.replace("PixArtLoader", "PixArtAlphaLoader"))(MAKERS[family]())
+    defaults = inspect.signature(upstream.tgate).parameters
+    kwargs = {**inputs(family), "num_inference_steps": 12}
+    explicit = {name: defaults[name].default for name in ("gate_step", "sp_interval", "fi_interval", "warm_up")}
+    lcm = {"lcm": True} if family.endswith("lcm") else {}
+    pipe = getattr(tgate_fx, loader)(MAKERS[family]())
+    assert getattr(tgate_fx.loaders, loader) is getattr(tgate_fx, loader)
+    expected = final(upstream.tgate, **kwargs, **lcm)
+    assert torch.equal(final(pipe.tgate, **kwargs, **lcm), expected)
+    assert torch.equal(final(pipe.tgate, **kwargs, **lcm, **explicit), expected)
+
+
+def test_loaders_in_the_documented_form() -> None:
+    kwargs = {**inputs("sd"), "output_type": "np"}
+    results = []
+    for module in (tgate, tgate_fx):
+        pipe = module.TgateSDLoader(tiny.sd(), gate_step=8, num_inference_steps=12).to("cpu")
+        generator = torch.Generator().manual_seed(0)
+        results.append(pipe.tgate(**kwargs, gate_step=8, num_inference_steps=12, generator=generator))
+    assert type(results[0]) is type(results[1])
+    assert (results[0].images == results[1].images).all()
+    assert results[0].nsfw_content_detected == results[1].nsfw_content_detected
+
+
+def test_a_loaders_keywords_are_defaults() -> None:
+    """Upstream takes and ignores them."""
+    kwargs = inputs("sd")
+    pipe = tgate_fx.TgateSDLoader(tiny.sd(), gate_step=3, num_inference_steps=7)
+    final(pipe.tgate, **kwargs)
+    assert tgate_fx.report(pipe).gate == 3
+    assert len(tgate_fx.report(pipe).steps) == 7
+
+
+def test_upstreams_forwards_stay_and_ours_do_not() -> None:
+    """After upstream's `tgate` a plain call of the pipeline reads stale caches; here it is untouched."""
+    kwargs = {**inputs("sd"), "num_inference_steps": 6}
+    expected = final(tiny.sd(), **kwargs)
+    upstream = tgate.TgateSDLoader(tiny.sd())
+    final(upstream.tgate, **kwargs, gate_step=3)
+    assert not torch.equal(final(upstream, **kwargs), expected)
+    pipe = tgate_fx.TgateSDLoader(tiny.sd())
+    final(pipe.tgate, **kwargs, gate_step=3)
+    assert torch.equal(final(pipe, **kwargs), expected)
+    tgate_fx.restore(pipe)
+    assert not hasattr(pipe, "tgate")
+    assert torch.equal(final(pipe, **kwargs), expected)
+
+
+def test_loaders_refuse_what_they_do_not_know() -> None:
+    with pytest.raises(tgate_fx.ArgumentError, match="Unknown keyword gate: expected one of gate_step, num_inference"):
+        tgate_fx.TgateSDLoader(tiny.sd(), gate=3)
+    with pytest.raises(
+        tgate_fx.UnsupportedError, match="given a StableDiffusionPipeline: expected a StableDiffusionXL"
+    ):
+        tgate_fx.TgateSDXLLoader(tiny.sd())
+    pipe = tgate_fx.TgateSDLoader(tiny.sd())
+    with pytest.raises(tgate_fx.StateError, match="gated already"):
+        tgate_fx.TgateSDLoader(pipe)
+    for unknown in ("lcm", "interval", "prompts"):
+        with pytest.raises(tgate_fx.ArgumentError, match=f"Unknown keyword {unknown}: expected one of"):
+            pipe.tgate("a cat", **{unknown: True})
+    pixart = tgate_fx.TgatePixArtLoader(tiny.pixart())
+    with pytest.raises(tgate_fx.ArgumentError, match=r"lcm=True was given with guidance_scale=4\.5.*leave lcm out"):
+        pixart.tgate(**tiny.pixart_inputs(), lcm=True)
