@@ -10,7 +10,9 @@ without does so at a phase's first step; figures are medians over the steps afte
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,8 +45,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", choices=["tiny", *UNETS], action="append")
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--json", type=Path, help="also write the figures here")
     args = parser.parse_args()
-    print(machine())
+    figures: dict[str, Any] = {"machine": machine(), "steps": args.steps, "microseconds": {}}
+    print(figures["machine"])
     print(f"{'':>6}  {'guards':>16}  {'pre-gate':>12}  {'post-gate':>12}")
     for arch in args.arch or ["tiny", "sd15"]:
         pipe = tiny.sd() if arch == "tiny" else stable_diffusion(arch)
@@ -54,9 +58,12 @@ def main() -> None:
             ("at every step", {"callback_on_step_end": lambda *_: {}}),
             ("once a phase", {}),
         ):
-            figures = step_microseconds(pipe, args.steps, **extra)
-            row = "  ".join(f"{figures[phase]:>9.0f} µs" for phase in ("pre-gate", "post-gate"))
+            medians = step_microseconds(pipe, args.steps, **extra)
+            figures["microseconds"].setdefault(arch, {})[f"guards {said}"] = medians
+            row = "  ".join(f"{medians[phase]:>9.0f} µs" for phase in ("pre-gate", "post-gate"))
             print(f"{arch:>6}  {said:>16}  {row}")
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

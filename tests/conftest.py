@@ -5,6 +5,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+# Tiny tensors gain nothing from threads, and the tests run in several processes.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def _seeded_and_fresh() -> Iterator[None]:

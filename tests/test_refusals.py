@@ -60,6 +60,12 @@ def test_mode_and_options_together(pipe: Any) -> None:
     assert type(pipe) is diffusers.StableDiffusionPipeline
 
 
+def test_regional_compilation(pipe: Any) -> None:
+    with pytest.raises(tgate_fx.UnsupportedError, match=says("regional=True", "not supported yet", "compiled whole")):
+        tgate_fx.compile(pipe, regional=True)
+    assert type(pipe) is diffusers.StableDiffusionPipeline
+
+
 def test_gating_twice(pipe: Any) -> None:
     tgate_fx.gate(pipe, 2)
     expected = tiny.latents(pipe, **KWARGS)
@@ -209,7 +215,7 @@ class TwoCalls(diffusers.StableDiffusionPipeline):
 
     @torch.no_grad()
     def __call__(self, guided: bool = False, rows: int = 1, steps: int = 4) -> torch.Tensor:
-        type(self).guided = guided
+        self.guided = guided
         self.scheduler.set_timesteps(steps)
         latents = torch.randn(rows, 4, 8, 8, generator=torch.Generator().manual_seed(0))
         text = torch.randn(2, rows, 7, tiny.TEXT_WIDTH, generator=torch.Generator().manual_seed(1))

@@ -82,6 +82,7 @@ def compile(
     mode: str | None = None,
     dynamic: bool | None = None,
     options: Mapping[str, Any] | None = None,
+    regional: bool = False,
     **unknown: Any,
 ) -> Pipeline:
     """Gate a diffusers pipeline, and run each phase through torch.compile.
@@ -98,6 +99,7 @@ def compile(
             inductor faster than eager there. Each phase then keeps its own copy of the weights; weights that change
             later are noticed, and compiled again.
         dynamic: True for graphs that serve all shapes; None or False for graphs of each shape.
+        regional: not supported yet; every phase is compiled whole.
 
     Returns:
         The same pipeline object.
@@ -108,6 +110,11 @@ def compile(
     """
     if mode is not None and options is not None:
         raise ArgumentError(f"mode={mode!r} and options={options!r} were both given: expected one of them.")
+    if regional:
+        raise UnsupportedError(
+            f"regional={regional!r}: compiling repeated blocks is not supported yet, expected False. Leave it out: "
+            "every phase is compiled whole."
+        )
     intervals = {"sp_interval": sp_interval, "fi_interval": fi_interval, "warm_up": warm_up}
     settings = CompileSettings(backend, mode, dynamic, options)
     return _attach(pipe, gate_step, intervals, deepcache, after_gate, settings, unknown)
