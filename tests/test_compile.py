@@ -13,7 +13,8 @@ import tgate_fx
 from tests import tiny
 from tests.conftest import CountingBackend
 from tgate_fx import compiler
-from tgate_fx.compiler import CompileSettings, canonical, fingerprint
+from tgate_fx.compiler import CompileSettings, fingerprint
+from tgate_fx.forms import canonical
 
 FAMILIES = list(tiny.MAKERS)
 
