@@ -191,3 +191,14 @@ def test_a_deep_copy_of_the_denoiser_does_not_reach_back() -> None:
     for parameter in pipe.unet.parameters():
         parameter.data.zero_()
     assert torch.equal(tiny.latents(other, **kwargs), expected)
+
+
+def test_copying_a_gated_pipeline_is_refused() -> None:
+    pipe = tgate_fx.gate(tiny.sd(), 2)
+    kwargs = {**tiny.inputs("sd"), "num_inference_steps": 3}
+    expected = tiny.latents(pipe, **kwargs)
+    with pytest.raises(tgate_fx.StateError, match=r"neither copied nor pickled.*expected a plain one.*from_pipe"):
+        copy.deepcopy(pipe)
+    assert torch.equal(tiny.latents(pipe, **kwargs), expected)
+    tgate_fx.restore(pipe)
+    copy.deepcopy(pipe)

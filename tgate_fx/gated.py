@@ -62,6 +62,12 @@ class Gated:
         """The gate on this pipeline, if any."""
         return getattr(pipe, "__dict__", {}).get(_ATTRIBUTE)
 
+    def __reduce__(self) -> Any:
+        raise StateError(
+            "A gated pipeline can be neither copied nor pickled, since its denoiser's forwards belong to it alone: "
+            "expected a plain one. Call tgate_fx.restore(pipe) first, or make another with from_pipe."
+        )
+
     def attach(self, pipe: Any) -> None:
         """Put this gate on its pipeline."""
         self.dispatch = dispatch = Dispatch.install(self.denoiser)
