@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -220,4 +221,41 @@ def test_the_denoiser_may_return_its_output_class() -> None:
             return (dispatched(*args, **kw).sample,)
 
     pipe.unet.forward = Tuple()
+    assert torch.equal(tiny.latents(pipe, **kwargs), expected)
+
+
+def _channels_last(pipe: Any) -> None:
+    pipe.unet.to(memory_format=torch.channels_last)
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "fused projections": lambda pipe: pipe.fuse_qkv_projections(),
+    "FreeU": lambda pipe: pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4),
+    "attention slicing": lambda pipe: pipe.enable_attention_slicing(1),
+    "channels last": _channels_last,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("how", ["gate", "compile"])
+def test_changes_to_the_denoiser_after_gating(how: str, change: Callable[[Any], Any]) -> None:
+    kwargs = {**tiny.inputs("sd", 2), "num_inference_steps": 5}
+    pipe = getattr(tgate_fx, how)(tiny.sd(), 2, **({"backend": "eager"} if how == "compile" else {}))
+    change(pipe)
+    plain = tiny.sd()
+    change(plain)
+    assert torch.equal(tiny.latents(pipe, **kwargs), tiny.latents(reference.gate(plain, 2, guided=True), **kwargs))
+
+
+def test_an_interrupted_generation_leaves_nothing_behind() -> None:
+    kwargs = {**tiny.inputs("sd", 2), "num_inference_steps": 6}
+    pipe = tgate_fx.gate(tiny.sd(), gate_step=3)
+    expected = tiny.latents(pipe, **kwargs)
+
+    def callback(pipe: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        pipe._interrupt = index == 3
+        return {}
+
+    tiny.latents(pipe, **kwargs, callback_on_step_end=callback)
+    assert len(tgate_fx.report(pipe).steps) == 4
     assert torch.equal(tiny.latents(pipe, **kwargs), expected)

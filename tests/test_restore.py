@@ -202,3 +202,19 @@ def test_copying_a_gated_pipeline_is_refused() -> None:
     assert torch.equal(tiny.latents(pipe, **kwargs), expected)
     tgate_fx.restore(pipe)
     copy.deepcopy(pipe)
+
+
+@pytest.mark.parametrize("order", ["offload first", "gate first"])
+def test_model_offloading_which_hooks_anew_after_every_generation(order: str) -> None:
+    kwargs = {**tiny.inputs("sd"), "num_inference_steps": 4}
+    pipe = tiny.sd()
+    if order == "offload first":
+        pipe.enable_model_cpu_offload(device="cpu")
+    tgate_fx.gate(pipe, 2)
+    if order == "gate first":
+        pipe.enable_model_cpu_offload(device="cpu")
+    expected = tiny.latents(reference.gate(tiny.sd(), 2, guided=True), **kwargs)
+    for _ in range(3):
+        assert torch.equal(tiny.latents(pipe, **kwargs), expected)
+    tgate_fx.restore(pipe)
+    assert torch.equal(tiny.latents(pipe, **kwargs), tiny.latents(tiny.sd(), **kwargs))
