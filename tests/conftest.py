@@ -18,14 +18,20 @@ def _seeded_and_fresh() -> Iterator[None]:
 
 
 class CountingBackend:
-    """A torch.compile backend that runs graphs as they are, and keeps them."""
+    """A torch.compile backend that runs graphs as they are, keeps them, and counts their runs."""
 
     def __init__(self) -> None:
         self.graphs: list[torch.fx.GraphModule] = []
+        self.ran = 0
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
         self.graphs.append(graph)
-        return graph.forward
+
+        def run(*args: object) -> object:
+            self.ran += 1
+            return graph.forward(*args)
+
+        return run
 
 
 @pytest.fixture

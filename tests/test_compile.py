@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import nn
 
 import tgate_fx
@@ -275,11 +276,45 @@ def test_force_eager_runs_every_step_eagerly(backend: CountingBackend) -> None:
     pipe = compiled("sd", backend)
     kwargs = {**tiny.inputs("sd"), "num_inference_steps": 4}
     expected = tiny.latents(pipe, **kwargs)
-    ran = []
-    for graph in backend.graphs:
-        graph.register_forward_hook(lambda *_: ran.append(1))
+    ran = backend.ran
     with torch.compiler.set_stance("force_eager"):
         assert torch.equal(tiny.latents(pipe, **kwargs), expected)
+    assert backend.ran == ran == 4
+    assert torch.equal(tiny.latents(pipe, **kwargs), expected)
+    assert backend.ran == 8
+
+
+def test_eager_on_recompile_runs_no_stale_graph(backend: CountingBackend) -> None:
+    pipe = compiled("sd", backend)
+    eager = tgate_fx.gate(tiny.make("sd"), gate_step=2)
+    kwargs = {**tiny.inputs("sd"), "num_inference_steps": 5}
+    tiny.latents(pipe, **kwargs)
+    for each in (pipe, eager):
+        each.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+    with torch.compiler.set_stance("eager_on_recompile"):
+        assert torch.equal(tiny.latents(pipe, **kwargs), tiny.latents(eager, **kwargs))
+    assert len(backend.graphs) == 2
+
+
+class InPlaceProcessor(AttnProcessor2_0):
+    """An attention processor that writes into its result, and uses no value of what it writes with."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        out = super().__call__(*args, **kwargs).clone()
+        out.mul_(3.0)
+        out += 1
+        out[:, 0] = 0
+        torch.add(out, 1, out=out)
+        return out
+
+
+def test_writes_in_place_are_not_dead_code(backend: CountingBackend) -> None:
+    pipe = compiled("sd", backend)
+    eager = tgate_fx.gate(tiny.make("sd"), gate_step=2)
+    for each in (pipe, eager):
+        each.unet.set_attn_processor(InPlaceProcessor())
+    kwargs = {**tiny.inputs("sd"), "num_inference_steps": 5}
+    assert torch.equal(tiny.latents(pipe, **kwargs), tiny.latents(eager, **kwargs))
 
 
 def test_compiled_pipelines_are_freed(backend: CountingBackend) -> None:

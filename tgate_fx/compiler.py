@@ -75,7 +75,7 @@ class PrunedBackend:
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: list[Any], **kwargs: Any) -> Callable[..., Any]:
         """Compile ``graph``; ``kwargs`` are the mode and options that torch.compile was given."""
-        graph.graph.eliminate_dead_code()
+        graph.graph.eliminate_dead_code(is_impure_node=_has_effect)
         placeholders = graph.graph.find_nodes(op="placeholder")
         used = [bool(node.users) for node in placeholders]
         for node, keep in zip(placeholders, used, strict=True):
@@ -98,6 +98,20 @@ class PrunedBackend:
             kwargs = {"config_patches": {**mode, **kwargs.get("options", {})}}
         compiled: Callable[..., Any] = torch._dynamo.lookup_backend(self._backend)(graph, inputs, **kwargs)
         return compiled
+
+
+def _has_effect(node: torch.fx.Node) -> bool:
+    """Whether a node does more than compute its value: Dynamo's graphs may still write in place."""
+    if node.op == "call_method":
+        name = str(node.target)
+        in_place = name.endswith("_") and not name.endswith("__")
+        return in_place or name in ("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__")
+    if node.op == "call_function":
+        name = getattr(node.target, "__name__", "")
+        in_place = name.endswith("_") or name in ("setitem", "iadd", "isub", "imul", "itruediv", "imatmul")
+        if in_place or "out" in node.kwargs or node.kwargs.get("inplace"):
+            return True
+    return bool(node.is_impure())
 
 
 class _Variant:
@@ -140,11 +154,7 @@ class _Variant:
         entries = torch._dynamo.eval_frame._debug_get_cache_entry_list(self._function.__code__)
         self.graphs = len(entries)
         # Dynamo keeps the entry that ran last in front. Under another stance than these, none of them may have run.
-        if entries and torch._dynamo.eval_frame._stance.stance in (
-            "default",
-            "fail_on_recompile",
-            "eager_on_recompile",
-        ):
+        if entries and torch._dynamo.eval_frame._stance.stance in ("default", "fail_on_recompile"):
             self.unguarded = _with_code(self._function, entries[0].code)
         else:
             self.unguarded = None
