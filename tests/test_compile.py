@@ -434,6 +434,12 @@ def test_canonical_form() -> None:
     assert changed(return_dict=0)
     assert changed(added={"text_embeds": sample[1, :2]})
     assert changed(added={"text_embeds": sample[0], "time_ids": sample[0]})
+    residuals = canonical({"sample": sample, "residuals": [sample[0], (sample[1].mT, None)]})
+    again = canonical({"sample": sample + 1, "residuals": [sample[0] + 1, (sample[1] + 1, None)]})
+    assert residuals[1] == again[1]
+    assert type(residuals[0]["residuals"]) is list
+    assert residuals[0]["residuals"][1][0].is_contiguous()
+    assert canonical({"sample": sample, "residuals": [sample[0], (sample[1, :2], None)]})[1] != residuals[1]
     twice = canonical({"sample": sample, "other": sample})[1]
     assert twice != canonical({"sample": sample, "other": sample.clone()})[1]
 

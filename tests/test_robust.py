@@ -179,3 +179,16 @@ def test_inference_mode_and_plain_mode_alternate(how: str) -> None:
     assert torch.equal(tiny.latents(pipe, **KWARGS), first)
     with torch.inference_mode():
         assert torch.equal(tiny.latents(pipe, **KWARGS), first)
+
+
+def test_a_generation_may_end_before_its_first_step() -> None:
+    pipe = tgate_fx.gate(tiny.sd(), gate_step=3)
+    encode = pipe.encode_prompt
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        pipe._interrupt = True
+        return encode(*args, **kwargs)
+
+    pipe.encode_prompt = interrupted
+    tiny.latents(pipe, **KWARGS)
+    assert tgate_fx.report(pipe).steps == ()

@@ -40,6 +40,10 @@ def _canonical(inputs: Mapping[str, Any], tensors: list[torch.Tensor]) -> tuple[
         elif isinstance(value, dict):
             value, inner = _canonical(value, tensors)
             form.append((name, inner))
+        elif isinstance(value, (list, tuple)):
+            items, inner = _canonical({str(index): item for index, item in enumerate(value)}, tensors)
+            value = type(value)(items.values()) if type(value) in (list, tuple) else value
+            form.append((name, type(value), inner))
         elif value is None or isinstance(value, (bool, int, float, str)):
             form.append((name, type(value), value))
         else:

@@ -118,7 +118,8 @@ class Gated:
                     result = call(pipe, *args, **kwargs)
             finally:
                 run.cut = False
-            if run.steps == 0:
+            # A generation may rightly end before its first step: interrupted, or with too little strength for one.
+            if run.steps == 0 and not getattr(pipe, "_interrupt", False) and families.step_count(pipe) != 0:
                 raise StateError(
                     f"The generation ended without a call of pipe.{self.attribute} through tgate_fx, so nothing was "
                     "gated: expected the forward of the denoiser to be the one that was gated. Call "
