@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 import re
 import types
 from collections.abc import Callable, Mapping
@@ -100,16 +101,16 @@ class PrunedBackend:
         return compiled
 
 
+# iadd, imul, ... as methods (__iadd__) and as functions of the operator module, and item assignment.
+_IN_PLACE = {name.strip("_") for name in dir(operator) if name.startswith("__i")} | {"setitem"}
+
+
 def _has_effect(node: torch.fx.Node) -> bool:
     """Whether a node does more than compute its value: Dynamo's graphs may still write in place."""
-    if node.op == "call_method":
-        name = str(node.target)
-        in_place = name.endswith("_") and not name.endswith("__")
-        return in_place or name in ("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__")
-    if node.op == "call_function":
-        name = getattr(node.target, "__name__", "")
-        in_place = name.endswith("_") or name in ("setitem", "iadd", "isub", "imul", "itruediv", "imatmul")
-        if in_place or "out" in node.kwargs or node.kwargs.get("inplace"):
+    if node.op in ("call_method", "call_function"):
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        writes = name.strip("_") in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+        if writes or "out" in node.kwargs or node.kwargs.get("inplace"):
             return True
     return bool(node.is_impure())
 
@@ -170,9 +171,10 @@ class CompiledPhases:
     """Runs each phase through torch.compile.
 
     Guards are what torch.compile checks at every call, to see that a graph still fits the modules and inputs it was
-    made for. Within one generation nothing runs between two steps but the pipeline's loop and the scheduler, so they
-    are checked at a phase's first step, and after that only the form of the inputs is. Where a callback of the user's
-    may change the modules between two steps, they are checked at every step.
+    made for. Within one generation they are checked at a phase's first step, and after that only the form of the inputs
+    is. Where a callback of the user's may change the modules between two steps, they are checked at every step. Whatever
+    else changes modules between two steps of a generation is not noticed: hooks on the denoiser, a pipeline's own loop,
+    an attention processor that counts its calls.
 
     Attributes:
         graphs: how many graphs were compiled so far.
@@ -265,8 +267,8 @@ class CompiledPhases:
 def fingerprint(module: nn.Module) -> tuple[object, ...]:
     """Something that changes when a weight of ``module`` is replaced, moved or written to.
 
-    In-place writes through ``.data`` leave no trace on the tensor (LoRA fusing writes so), hence a few values of every
-    weight are part of it.
+    In-place writes through ``.data`` leave no trace on the tensor (LoRA fusing writes so), hence eight values of every
+    weight are part of it: such a write is seen if it changes one of these.
     """
     marks: list[object] = []
     for tensor in itertools.chain(module.parameters(), module.buffers()):

@@ -147,7 +147,7 @@ class Run:
     Args:
         pipe: the pipeline, in the middle of its own ``__call__``.
         gated: what the pipeline carries.
-        schedule: which phase each step is in; None for a generation in which nothing is cached.
+        schedule: which phase each step is in; its share of a gate is settled at the first step.
         guidance_scale: as bound by the call, for pipelines without ``do_classifier_free_guidance``.
 
     Attributes:

@@ -168,7 +168,7 @@ def disabled(pipe: Any) -> Iterator[None]:
     """While this lasts the pipeline generates with nothing cached, whatever its gate and its calls say.
 
     Of a pipeline under `gate` the results are bit-exact with the untouched pipeline; one under `compile` runs its
-    compiled pre-gate graph at every step.
+    compiled pre-gate graph at every step, or with intervals or DeepCache a graph of its own without them.
 
     Raises:
         StateError: the pipeline is not gated.
