@@ -172,7 +172,7 @@ class CompiledPhases:
 
     Guards are what torch.compile checks at every call, to see that a graph still fits the modules and inputs it was
     made for. Within one generation they are checked at a phase's first step, and after that only the form of the inputs
-    is. Where a callback of the user's may change the modules between two steps, they are checked at every step. Whatever
+    is. Where a callback of the user's may change the modules between two steps, they are checked at every step. What
     else changes modules between two steps of a generation is not noticed: hooks on the denoiser, a pipeline's own loop,
     an attention processor that counts its calls.
 
