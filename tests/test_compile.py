@@ -145,6 +145,16 @@ def test_more_shapes_than_the_recompile_limit(backend: CountingBackend) -> None:
     assert tgate_fx.report(pipe).compiled_graphs == 2 * (torch._dynamo.config.recompile_limit + 1)
 
 
+def test_more_changes_of_a_module_than_the_recompile_limit(backend: CountingBackend) -> None:
+    pipe = compiled("pixart-alpha-256", backend)
+    kwargs = {**tiny.inputs("pixart-alpha-256"), "num_inference_steps": 3}
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for change in range(4):
+            pipe.transformer.set_attn_processor(type(f"Processor{change}", (AttnProcessor2_0,), {})())
+            tiny.latents(pipe, **kwargs)
+            assert tgate_fx.report(pipe).compiled_graphs == 2 * (change + 1)
+
+
 def test_dynamic_shapes_share_one_pair_of_graphs(backend: CountingBackend) -> None:
     pipe = compiled("sd", backend, dynamic=True)
     eager = tgate_fx.gate(tiny.make("sd"), gate_step=2)

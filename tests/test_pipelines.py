@@ -91,6 +91,16 @@ def test_a_share_is_of_the_steps_that_are_run(family: str, extra: dict[str, Any]
     assert report.gate == round(steps / 2)
 
 
+def test_a_count_left_by_an_earlier_generation_is_not_taken_for_this_ones() -> None:
+    """PixArt records no number of steps; whatever is recorded on it is somebody else's, and stays."""
+    pipe = tgate_fx.gate(tiny.pixart(), gate_step=0.5)
+    pipe._num_timesteps = 4
+    tiny.latents(pipe, **tiny.pixart_inputs(), num_inference_steps=8)
+    assert tgate_fx.report(pipe).gate == 4
+    assert len(tgate_fx.report(pipe).steps) == 8
+    assert pipe._num_timesteps == 4
+
+
 @pytest.mark.parametrize(("scheduler", "evaluations"), [("HeunDiscrete", 11), ("PNDM", 7), ("EulerDiscrete", 6)])
 def test_steps_are_evaluations_of_the_denoiser(scheduler: str, evaluations: int) -> None:
     pipe = tiny.sd()

@@ -240,6 +240,8 @@ def test_guidance_in_several_calls(call: dict[str, Any], reason: str) -> None:
     tgate_fx.gate(pipe, gate_step=2)
     with pytest.raises(tgate_fx.UnsupportedError, match=says(reason, "expected", "gate_step=None")):
         pipe(**call)
+    # Refused at the first call that shows it, not only once there are more calls than steps.
+    assert len(tgate_fx.report(pipe).steps) == (0 if call["guided"] else 1)
     assert torch.equal(pipe(**call, gate_step=None), expected)
 
 

@@ -246,6 +246,8 @@ def test_pipelines_that_share_a_unet_may_have_different_deep_branches() -> None:
     assert torch.equal(final(first, **kwargs), one)
     tgate_fx.restore(first)
     assert torch.equal(final(second, **kwargs), two)
+    tgate_fx.restore(second)
+    assert not any("forward" in vars(module) for module in second.unet.modules())
 
 
 def graph_names(graph: torch.fx.GraphModule) -> str:
