@@ -184,6 +184,22 @@ def test_disabled_runs_the_compiled_pre_gate_graph(backend: CountingBackend) -> 
     assert len(backend.graphs) == 1
 
 
+@pytest.mark.parametrize(
+    "settings", [{"sp_interval": 2, "fi_interval": 2}, {"sp_interval": 2}, {"deepcache": tgate_fx.DeepCache(2)}]
+)
+def test_disabled_needs_no_graph_of_its_own(settings: dict[str, Any], backend: CountingBackend) -> None:
+    pipe = compiled("sd", backend, **settings)
+    kwargs = {**tiny.inputs("sd"), "num_inference_steps": 7}
+    tiny.latents(pipe, **kwargs, gate_step=4)
+    graphs = len(backend.graphs)
+    expected = tiny.latents(tiny.make("sd"), **kwargs)
+    with tgate_fx.disabled(pipe):
+        for gate in (None, 4, 0.5):
+            assert torch.equal(tiny.latents(pipe, **kwargs, gate_step=gate), expected)
+            assert tgate_fx.report(pipe).gate is None
+    assert len(backend.graphs) == graphs
+
+
 class Calls:
     """Counts how often torch.compile's own entry, which checks the guards, is gone through."""
 
@@ -315,6 +331,8 @@ class InPlaceProcessor(AttnProcessor2_0):
         out += 1
         out[:, 0] = 0
         torch.add(out, 1, out=out)
+        nn.functional.relu(out, True)
+        nn.functional.hardtanh(out, -0.5, 0.5, inplace=True)
         return out
 
 
@@ -465,14 +483,39 @@ def test_fingerprint_sees_every_way_to_change_a_weight() -> None:
     def write_past_the_version_counter() -> None:
         layer.weight.data.add_(0.1)
 
+    def write_one_value() -> None:
+        layer.weight.data[17, 3] += 0.25
+
     def replace() -> None:
         layer.bias = nn.Parameter(layer.bias.detach().clone())
 
     def reformat() -> None:
         layer.to(torch.bfloat16)
 
-    for change in (write_in_place, write_past_the_version_counter, replace, reformat):
+    for change in (write_in_place, write_past_the_version_counter, write_one_value, replace, reformat, write_one_value):
         before = fingerprint(layer)
         assert fingerprint(layer) == before
         change()
         assert fingerprint(layer) != before
+
+
+FORMS = {
+    "channels-last": torch.zeros(3, 4, 5, 6).to(memory_format=torch.channels_last),
+    "transposed": torch.zeros(5, 7, dtype=torch.bfloat16).t(),
+    "odd offset": torch.zeros(9)[1:],
+    "strided": torch.zeros(3, 4)[:, 1::2],
+    "expanded": torch.zeros(3, 1).expand(3, 5),
+    "complex": torch.zeros(3, 3, dtype=torch.complex64),
+    "bytes": torch.zeros(3, dtype=torch.uint8),
+    "scalar": torch.zeros(()),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_fingerprint_reads_weights_of_every_form(form: str) -> None:
+    module = nn.Module()
+    module.register_buffer("weight", FORMS[form])
+    before = fingerprint(module)
+    assert fingerprint(module) == before
+    FORMS[form].data.select(-1, -1).copy_(torch.tensor(3)) if form != "scalar" else FORMS[form].data.fill_(3)
+    assert fingerprint(module) != before

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+import pickle
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -199,9 +201,37 @@ def test_copying_a_gated_pipeline_is_refused() -> None:
     expected = tiny.latents(pipe, **kwargs)
     with pytest.raises(tgate_fx.StateError, match=r"neither copied nor pickled.*expected a plain one.*from_pipe"):
         copy.deepcopy(pipe)
+    with pytest.raises(tgate_fx.StateError, match="neither copied nor pickled"):
+        copy.copy(pipe)
+    with pytest.raises(tgate_fx.StateError, match="neither copied nor pickled"):
+        pickle.dumps(pipe)
     assert torch.equal(tiny.latents(pipe, **kwargs), expected)
     tgate_fx.restore(pipe)
     copy.deepcopy(pipe)
+
+
+def test_a_gated_denoiser_is_saved_as_weights_only(tmp_path: Path) -> None:
+    pipe = tgate_fx.gate(tiny.sd(), 2)
+    with pytest.raises(tgate_fx.StateError, match=r"torch\.save.*expected a plain module.*restore.*save_pretrained"):
+        torch.save(pipe.unet, tmp_path / "unet.pt")
+    pipe.unet.save_pretrained(tmp_path / "unet")
+    loaded = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "unet")
+    assert all(map(torch.equal, loaded.state_dict().values(), pipe.unet.state_dict().values()))
+    twin = copy.deepcopy(pipe.unet)
+    tgate_fx.restore(twin)
+    assert not any("forward" in vars(module) for module in twin.modules())
+    tgate_fx.restore(pipe)
+    torch.save(pipe.unet, tmp_path / "unet.pt")
+
+
+def test_what_a_call_may_override_is_in_its_signature_and_may_be_passed_on() -> None:
+    pipe = tgate_fx.gate(tiny.sd(), 2)
+    parameters = inspect.signature(pipe.__call__).parameters
+    defaults = {name: parameters[name].default for name in ("gate_step", "sp_interval", "fi_interval", "warm_up")}
+    assert {str(default) for default in defaults.values()} == {"<as gated>"}
+    kwargs = {**tiny.inputs("sd"), "num_inference_steps": 4}
+    assert torch.equal(tiny.latents(pipe, **kwargs, **defaults), tiny.latents(pipe, **kwargs))
+    assert tgate_fx.report(pipe).gate == 2
 
 
 @pytest.mark.parametrize("order", ["offload first", "gate first"])

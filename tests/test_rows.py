@@ -16,6 +16,9 @@ from DeepCache import DeepCacheSDHelper
 import tgate_fx
 from tests import tiny
 from tests.conftest import CountingBackend
+from tgate_fx.gated import Gated
+from tgate_fx.sites import Role, Roles
+from tgate_fx.split import phase_function
 
 MAKERS = {**tiny.MAKERS, "svd": tiny.svd}
 LOADERS = {
@@ -216,6 +219,49 @@ def test_deepcache_counts_evaluations_where_the_package_looks_timesteps_up() -> 
     assert not torch.equal(final(pipe, **kwargs), final(plain, **kwargs))
     shallow = ["shallow" in step.phase for step in tgate_fx.report(pipe).steps]
     assert shallow == [False, True, False, True, False, True, False]
+
+
+@pytest.mark.parametrize(("family", "branch"), [("sd", 0), ("sd", 1), ("sd", 3), ("sdxl", 3), ("sdxl", 4)])
+def test_freeu_works_on_a_deep_branch_s_tensor_once(family: str, branch: int) -> None:
+    """FreeU writes in place into what leaves the deep branch; the package caches what it has written to."""
+    pipe = MAKERS[family]()
+    pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+    seen: list[dict[str, Any]] = []
+    pipe.unet.register_forward_pre_hook(lambda _, args, given: seen.append(given), with_kwargs=True)
+    final(pipe, **inputs(family), num_inference_steps=1)
+    latents = torch.randn(2, 4, 16, 16)
+    given = {**seen[0], "sample": latents, "timestep": torch.tensor(500)}
+    full = pipe.unet(**given)[0]
+    tgate_fx.gate(pipe, None, deepcache=tgate_fx.DeepCache(2, branch))
+    gated = Gated.of(pipe)
+    capture, reuse = (
+        phase_function(gated.dispatch.sites, gated.dispatch.inner, Roles(deep_branch=role), branch)
+        for role in (Role.CAPTURE, Role.REUSE)
+    )
+    with torch.no_grad():
+        output, cache = capture(((), (), ()), (), given)
+        assert torch.equal(output[0], full)
+        kept = cache[2][0].clone()
+        for _ in range(2):
+            assert torch.equal(reuse(cache, (), given)[0][0], full)
+        assert torch.equal(cache[2][0], kept)
+
+
+@pytest.mark.parametrize("stance", ["default", "eager_on_recompile"])
+def test_freeu_and_deepcache_compiled(stance: str, backend: CountingBackend) -> None:
+    kwargs = {**inputs("sd"), "num_inference_steps": 5}
+    settings = {"gate_step": 3, "deepcache": tgate_fx.DeepCache(2, 3)}
+    eager = tgate_fx.gate(tiny.sd(), **settings)
+    pipe = tgate_fx.compile(tiny.sd(), backend=backend, **settings)
+    for each in (eager, pipe):
+        each.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+    expected = final(eager, **kwargs)
+    if stance == "eager_on_recompile":  # the full steps are compiled by now, the shallow ones are not
+        final(pipe, **inputs("sd"), num_inference_steps=1)
+    graphs = len(backend.graphs)
+    with torch.compiler.set_stance(stance):
+        assert torch.equal(final(pipe, **kwargs), expected)
+    assert len(backend.graphs) == (graphs if stance == "eager_on_recompile" else 4)
 
 
 def test_deepcache_leaves_nothing_behind() -> None:

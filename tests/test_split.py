@@ -178,6 +178,33 @@ def test_restore_takes_a_split_off() -> None:
 
 
 @torch.no_grad()
+def test_a_denoiser_split_twice_is_restored_once() -> None:
+    denoiser, inputs = unet()
+    first, second = tgate_fx.split(denoiser), tgate_fx.split(denoiser)
+    output, cache = first[0](**inputs, return_dict=False)
+    assert torch.equal(second[1](cache, **inputs, return_dict=False)[0], output[0])
+    tgate_fx.restore(denoiser)
+    assert not any("forward" in vars(module) for module in denoiser.modules())
+    for phase in (first[0], lambda **inputs: second[1](cache, **inputs)):
+        with pytest.raises(tgate_fx.StateError, match=r"taken off.*expected them on it.*split again"):
+            phase(**inputs)
+
+
+def test_a_denoiser_may_be_split_and_gated_at_once() -> None:
+    pipe = tiny.sd()
+    plain = [set(vars(module)) for module in pipe.unet.modules()]
+    tgate_fx.gate(pipe, 2)
+    with pytest.raises(tgate_fx.StateError, match=r"belongs to a gated pipeline.*expected.*restore\(pipe\)"):
+        tgate_fx.restore(pipe.unet)
+    tgate_fx.split(pipe.unet)
+    tgate_fx.restore(pipe.unet)
+    kwargs = {**tiny.inputs("sd"), "num_inference_steps": 4}
+    assert torch.equal(tiny.latents(pipe, **kwargs), tiny.latents(tgate_fx.gate(tiny.sd(), 2), **kwargs))
+    tgate_fx.restore(pipe)
+    assert [set(vars(module)) for module in pipe.unet.modules()] == plain
+
+
+@torch.no_grad()
 def test_a_deep_copy_is_independent() -> None:
     denoiser, inputs = unet()
     pre, _ = tgate_fx.split(denoiser)

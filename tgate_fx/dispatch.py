@@ -17,10 +17,13 @@ from .errors import StateError, UnsupportedError
 from .report import StepClock
 from .schedule import Schedule, Step
 from .sites import KINDS, Role, Roles, Sites
-from .slots import ForwardSlot
+from .slots import ForwardSlot, Replacement
 from .split import Cache, PhaseFunction, PhaseResult
 
 _ATTRIBUTE = "_tgate_dispatch"
+
+# The owner of a dispatch that `tgate_fx.split` has installed.
+SPLIT = "split"
 
 
 class _Running(threading.local):
@@ -70,11 +73,18 @@ class Gate(Protocol):
         """Raise `StateError` if a site of this kind did not run."""
 
 
-class Dispatch:
+class Dispatch(Replacement):
     """What stands in the forward slot of a gated denoiser.
 
     Within a run of a gated pipeline it passes each call to that run; at all other times, and for every other pipeline
     that shares the denoiser, it calls the denoiser's own forward with every site LIVE.
+
+    Attributes:
+        sites: the sites of the denoiser.
+        parameters: the names of its forward's parameters.
+        inner: its own forward.
+        owners: who uses this dispatch: the gates of pipelines, and `SPLIT`.
+        lock: held while the denoiser runs, since the roles of the sites are shared by all who call it.
     """
 
     def __init__(self, denoiser: nn.Module) -> None:
@@ -84,8 +94,7 @@ class Dispatch:
         self._denoiser = denoiser
         self._slot = ForwardSlot(denoiser, self)
         self.inner = self._slot.inner
-        self.users = 0
-        # The roles of the sites are shared by all who call this denoiser, so one phase runs at a time.
+        self.owners: set[object] = set()
         self.lock = threading.RLock()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -102,28 +111,27 @@ class Dispatch:
         return vars(denoiser).get(_ATTRIBUTE)
 
     @classmethod
-    def install(cls, denoiser: nn.Module) -> Dispatch:
-        """The dispatch of this denoiser, installed if it is not yet; `release` it once for every `install`."""
+    def install(cls, denoiser: nn.Module, owner: object) -> Dispatch:
+        """The dispatch of this denoiser, installed if it is not yet, until every owner has let go of it."""
         dispatch = cls.of(denoiser)
         if dispatch is None:
             dispatch = cls(denoiser)
             setattr(denoiser, _ATTRIBUTE, dispatch)
-        dispatch.users += 1
+        dispatch.owners.add(owner)
         return dispatch
 
-    def release(self) -> None:
-        """Take the dispatch and the sites off the denoiser, once nobody uses them any more."""
-        self.users -= 1
-        if self.users == 0:
+    def release(self, owner: object) -> None:
+        """Take the dispatch and the sites off the denoiser, if nobody else uses them."""
+        self.owners.remove(owner)
+        if not self.owners:
             self._slot.remove()
             self.sites.remove()
             delattr(self._denoiser, _ATTRIBUTE)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "lock"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, lock=threading.RLock())
+    def __deepcopy__(self, memo: dict[int, Any]) -> Dispatch:
+        memo[id(self.lock)] = threading.RLock()
+        memo[id(self.owners)] = {SPLIT}  # no pipeline gates the copy
+        return super().__deepcopy__(memo)
 
     @contextmanager
     def running(self, run: Run) -> Iterator[None]:
@@ -147,10 +155,11 @@ class Run:
     Args:
         pipe: the pipeline, in the middle of its own ``__call__``.
         gated: what the pipeline carries.
-        schedule: which phase each step is in; its share of a gate is settled at the first step.
+        schedule: which phase each step is in.
         guidance_scale: as bound by the call, for pipelines without ``do_classifier_free_guidance``.
 
     Attributes:
+        schedule: the same, with a share of the steps made a step index once they are known.
         steps: how many steps were run.
         cut: whether the step that ran last saw one guidance branch only.
         clock: what each step was, and how long it took.
@@ -159,7 +168,7 @@ class Run:
     def __init__(self, pipe: Any, gated: Gate, schedule: Schedule, guidance_scale: Any) -> None:
         self._pipe = pipe
         self._gated = gated
-        self._schedule = schedule
+        self.schedule = schedule
         self._guidance_scale = guidance_scale
         self._cached: list[tuple[torch.Tensor, ...]] = [()] * len(KINDS)
         self._cached_form: list[tuple[int, ...]] = [()] * len(KINDS)
@@ -178,13 +187,13 @@ class Run:
         guided = families.guidance_active(self._pipe, self._guidance_scale)
         if self.steps == 0:
             self._begin(inputs, latents, guided)
-        elif self._schedule.caches:
+        elif self.schedule.caches:
             self._check_new_step(inputs)
-        step = self._schedule.at(self.steps)
+        step = self.schedule.at(self.steps)
         rows = latents.shape[0]
-        self.cut = guided and step.gated and self._schedule.one_branch
+        self.cut = guided and step.gated and self.schedule.one_branch
         if self.cut:
-            inputs = families.one_branch(inputs, self._schedule.after_gate, rows)
+            inputs = families.one_branch(inputs, self.schedule.after_gate, rows)
             rows //= 2
         graphs = self._gated.phases.graphs
         output, captured = self._gated.phases(step, self._cache_for(step, (rows, *latents.shape[1:])), inputs)
@@ -199,12 +208,12 @@ class Run:
     def _begin(self, inputs: dict[str, Any], latents: torch.Tensor, guided: bool) -> None:
         """At the first step: settle where the gate is, and refuse now what could not be gated then."""
         self._expected = families.step_count(self._pipe)
-        self._schedule = self._schedule.resolve(self._expected)
-        gate = self._schedule.gate_step
+        self.schedule = self.schedule.resolve(self._expected)
+        gate = self.schedule.gate_step
         if guided and gate is not None and (self._expected is None or gate < self._expected):
             families.check_guidance_batch(self._gated.denoiser, latents)
-            if self._schedule.one_branch:
-                families.one_branch(inputs, self._schedule.after_gate, latents.shape[0])
+            if self.schedule.one_branch:
+                families.one_branch(inputs, self.schedule.after_gate, latents.shape[0])
         self._timestep = inputs.get("timestep")
 
     def _check_new_step(self, inputs: dict[str, Any]) -> None:
@@ -232,7 +241,7 @@ class Run:
     def _keep(self, step: Step, captured: Cache, latents: torch.Tensor, guided: bool) -> None:
         """Copy what was captured into the static cache; from a guidance batch into one branch's, if one goes on."""
         # The next step is the first gated one, and the batch is still whole.
-        merge = guided and self._schedule.one_branch and not step.gated and self._schedule.at(self.steps + 1).gated
+        merge = guided and self.schedule.one_branch and not step.gated and self.schedule.at(self.steps + 1).gated
         rows = latents.shape[0] // 2 if merge or self.cut else latents.shape[0]
         for kind, keep in enumerate(step.keep):
             if keep:

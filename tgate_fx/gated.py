@@ -22,10 +22,21 @@ from .report import Report
 from .schedule import Schedule
 from .sites import Roles, Site
 from .split import PhaseFunction, phase_function
+from .trust import known_to_leave_modules_alone
 
 _ATTRIBUTE = "_tgate"
 _PLAIN_CLASS = "_tgate_plain_class"
 _FOR_ONE_CALL = ("gate_step", "sp_interval", "fi_interval", "warm_up")
+
+
+class _AsGated:
+    """The default of those keywords, for which None has a meaning of its own."""
+
+    def __repr__(self) -> str:
+        return "<as gated>"
+
+
+_AS_GATED = _AsGated()
 
 
 class Gated:
@@ -62,15 +73,9 @@ class Gated:
         """The gate on this pipeline, if any."""
         return getattr(pipe, "__dict__", {}).get(_ATTRIBUTE)
 
-    def __reduce__(self) -> Any:
-        raise StateError(
-            "A gated pipeline can be neither copied nor pickled, since its denoiser's forwards belong to it alone: "
-            "expected a plain one. Call tgate_fx.restore(pipe) first, or make another with from_pipe."
-        )
-
     def attach(self, pipe: Any) -> None:
         """Put this gate on its pipeline."""
-        self.dispatch = dispatch = Dispatch.install(self.denoiser)
+        self.dispatch = dispatch = Dispatch.install(self.denoiser, self)
         if self.branch is not None and self._deep_branch is not None:
             dispatch.sites.add_deep_branch(self.branch, self._deep_branch)
 
@@ -98,21 +103,23 @@ class Gated:
                 "unchanged. Undo first what was installed on the pipeline last."
             )
         with self._one_at_a_time():
-            self.dispatch.release()
+            self.dispatch.release(self)
             pipe.__class__ = self._plain_class
             for name in self._attributes:
                 del vars(pipe)[name]
 
     def generate(self, pipe: Any, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the pipeline's own ``__call__`` as one generation."""
-        overrides = {name: kwargs.pop(name) for name in _FOR_ONE_CALL if name in kwargs}
-        schedule = dataclasses.replace(self.schedule, **overrides) if overrides else self.schedule
+        given = {name: kwargs.pop(name) for name in _FOR_ONE_CALL if name in kwargs}
+        overrides = {name: value for name, value in given.items() if value is not _AS_GATED}
+        schedule = dataclasses.replace(self.schedule, off=self.disabled > 0, **overrides)
         bound = functools.partial(_bound, self.parameters, (pipe, *args), kwargs)
         with self._one_at_a_time():
             self._check_pipeline(pipe)
-            run = self.run = Run(pipe, self, Schedule(None) if self.disabled else schedule, bound("guidance_scale"))
+            run = self.run = Run(pipe, self, schedule, bound("guidance_scale"))
             if self.compiled is not None:
-                self.compiled.begin(trusted=bound("callback_on_step_end") is None and bound("callback") is None)
+                calls_back = bound("callback_on_step_end") is not None or bound("callback") is not None
+                self.compiled.begin(trusted=not calls_back and known_to_leave_modules_alone(pipe, self.denoiser))
             try:
                 with self.dispatch.running(run), families.fresh_step_count(pipe):
                     result = call(pipe, *args, **kwargs)
@@ -153,9 +160,9 @@ class Gated:
                 "or call tgate_fx.restore(pipe) and gate the pipeline again."
             )
 
-    def sites(self) -> list[Site]:
-        """The sites of the kinds that this gate caches."""
-        kinds = [True, self.schedule.caches_self_attention, self.branch is not None]
+    def sites(self, schedule: Schedule) -> list[Site]:
+        """The sites of the kinds that are cached under this schedule."""
+        kinds = [True, schedule.caches_self_attention, self.branch is not None]
         return [
             site
             for kind, cached in enumerate(kinds)
@@ -177,7 +184,7 @@ class Gated:
             compiled_graphs=compiled.graphs if compiled is not None else 0,
             recompiles=compiled.recompiles if compiled is not None else 0,
             gate=next((step.index for step in steps if step.phase.startswith("post-gate")), None),
-            sites=len(self.sites()),
+            sites=len(self.sites(self.schedule if run is None else run.schedule)),
             compiler=compiled.describe() if compiled is not None else "eager",
             cache_bytes=self.cache.nbytes,
         )
@@ -209,9 +216,17 @@ def _gated_class(base: type[Any]) -> type[Any]:
             return base.__call__(self, *args, **kwargs)
         return gated.generate(self, base.__call__, args, kwargs)
 
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        if Gated.of(self) is not None:
+            raise StateError(
+                "A gated pipeline can be neither copied nor pickled, since its denoiser's forwards belong to it alone: "
+                "expected a plain one. Call tgate_fx.restore(pipe) first, or make another with from_pipe."
+            )
+        return base.__reduce_ex__(self, protocol)  # type: ignore[call-arg]
+
     __call__.__signature__ = _with_overrides(inspect.signature(base.__call__))  # type: ignore[attr-defined]
     attributes: dict[str, Any] = {"__call__": __call__, "__module__": base.__module__, "__doc__": base.__doc__}
-    attributes[_PLAIN_CLASS] = base
+    attributes |= {"__reduce_ex__": __reduce_ex__, _PLAIN_CLASS: base}
     if isinstance(getattr(base, "guidance_rescale", None), property):
 
         def guidance_rescale(self: Any) -> Any:
@@ -225,6 +240,6 @@ def _gated_class(base: type[Any]) -> type[Any]:
 
 
 def _with_overrides(signature: inspect.Signature) -> inspect.Signature:
-    added = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in _FOR_ONE_CALL]
+    added = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=_AS_GATED) for name in _FOR_ONE_CALL]
     parameters = sorted([*signature.parameters.values(), *added], key=lambda parameter: parameter.kind)
     return signature.replace(parameters=parameters)

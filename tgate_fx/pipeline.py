@@ -12,7 +12,7 @@ from torch import nn
 from . import families
 from .compiler import CompileSettings
 from .deepcache import DeepCache
-from .dispatch import Dispatch
+from .dispatch import SPLIT, Dispatch
 from .errors import ArgumentError, StateError, UnsupportedError
 from .gated import Gated
 from .report import Report
@@ -168,7 +168,7 @@ def disabled(pipe: Any) -> Iterator[None]:
     """While this lasts the pipeline generates with nothing cached, whatever its gate and its calls say.
 
     Of a pipeline under `gate` the results are bit-exact with the untouched pipeline; one under `compile` runs its
-    compiled pre-gate graph at every step, or with intervals or DeepCache a graph of its own without them.
+    compiled pre-gate graph at every step.
 
     Raises:
         StateError: the pipeline is not gated.
@@ -193,7 +193,12 @@ def restore(target: Any) -> None:
         dispatch = Dispatch.of(target)
         if dispatch is None:
             raise StateError(f"This {type(target).__name__} is not split: expected a denoiser given to tgate_fx.split.")
-        dispatch.release()
+        if SPLIT not in dispatch.owners:
+            raise StateError(
+                f"This {type(target).__name__} belongs to a gated pipeline: expected a denoiser given to "
+                "tgate_fx.split. Call tgate_fx.restore(pipe) with the pipeline."
+            )
+        dispatch.release(SPLIT)
     else:
         _gated(target).detach(target)
 
@@ -211,14 +216,14 @@ def sites(target: Any) -> tuple[SiteInfo, ...]:
     """The sites that a pipeline or a denoiser has, or would have: what is cached after the gate. Compiles nothing.
 
     These are the cross-attentions and, of a pipeline gated with self-attention intervals or DeepCache, what these
-    cache.
+    cache. `report` counts those of the last generation, which may have been given intervals of its own.
 
     Raises:
         UnsupportedError: there is no denoiser, or it has no cross-attention.
     """
     gated = Gated.of(target)
     if gated is not None:
-        return tuple(SiteInfo(site.name, KINDS[site.kind]) for site in gated.sites())
+        return tuple(SiteInfo(site.name, KINDS[site.kind]) for site in gated.sites(gated.schedule))
     denoiser = target if isinstance(target, nn.Module) else families.find_denoiser(target)[1]
     return tuple(SiteInfo(name, KINDS[kind]) for name, kind, _ in find_sites(denoiser) if kind == 0)
 
@@ -243,5 +248,5 @@ def split(denoiser: nn.Module) -> tuple[Callable[..., Any], Callable[..., Any]]:
     if not isinstance(denoiser, nn.Module):
         raise UnsupportedError(f"split was given a {type(denoiser).__name__}: expected a denoiser, such as pipe.unet.")
     families.check_not_compiled("denoiser", denoiser)
-    dispatch = Dispatch.install(denoiser)
+    dispatch = Dispatch.install(denoiser, SPLIT)
     return split_functions(dispatch.sites, dispatch.inner)

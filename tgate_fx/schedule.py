@@ -46,6 +46,8 @@ class Schedule:
         deep_interval: the deep branch of the UNet is computed at every multiple of this, counted anew from the last
             step before the gate and from the gate; None: always.
         after_gate: which guidance branch goes on after the gate: "negative", "positive" or "both".
+        off: nothing is taken from a cache; every step is the one that captures all that the others would reuse, so
+            that no graph is compiled for it alone.
     """
 
     gate_step: int | float | None
@@ -54,6 +56,7 @@ class Schedule:
     warm_up: int = 0
     deep_interval: int | None = None
     after_gate: str = "negative"
+    off: bool = False
 
     def __post_init__(self) -> None:
         check_gate_step(self.gate_step)
@@ -79,7 +82,8 @@ class Schedule:
     @property
     def caches(self) -> bool:
         """Whether anything is taken from a cache at any step."""
-        return self.gate_step is not None or self.caches_self_attention or self.deep_interval is not None
+        caches = self.gate_step is not None or self.caches_self_attention or self.deep_interval is not None
+        return caches and not self.off
 
     @property
     def one_branch(self) -> bool:
@@ -92,7 +96,7 @@ class Schedule:
         Raises:
             ArgumentError: the gate is a share and the number of steps is unknown.
         """
-        if not isinstance(self.gate_step, float):
+        if self.off or not isinstance(self.gate_step, float):
             return self
         if steps is None:
             raise ArgumentError(
@@ -122,10 +126,16 @@ def _step(schedule: Schedule, index: int) -> Step:
 
 
 def _is_gated(schedule: Schedule, index: int) -> bool:
-    return schedule.gate_step is not None and index >= schedule.gate_step
+    return not schedule.off and schedule.gate_step is not None and index >= schedule.gate_step
 
 
 def _roles(schedule: Schedule, index: int) -> Roles:
+    if schedule.off:
+        return Roles(
+            Role.CAPTURE,
+            Role.CAPTURE if schedule.caches_self_attention else Role.LIVE,
+            Role.LIVE if schedule.deep_interval is None else Role.CAPTURE,
+        )
     gated = _is_gated(schedule, index)
     last_before_gate = index + 1 == schedule.gate_step
     self_attention = Role.LIVE

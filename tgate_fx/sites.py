@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from .errors import StateError, UnsupportedError
-from .slots import ForwardSlot
+from .slots import ForwardSlot, Replacement
 
 if TYPE_CHECKING:
     from .deepcache import DeepBranch
@@ -86,7 +87,7 @@ def find_sites(denoiser: nn.Module) -> list[tuple[str, int, nn.Module]]:
     return found
 
 
-class Site:
+class Site(Replacement):
     """One module whose output may be cached; callable in place of the module's ``forward``.
 
     Attributes:
@@ -103,18 +104,22 @@ class Site:
         self.branch = branch
         self.__signature__ = inspect.signature(module.forward)
         self._slot = ForwardSlot(module, self)
-        self._inner = self._slot.inner
+        self.inner = self._slot.inner
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module, in place of its ``forward``, as its role says."""
         role = self._sites.role(self._index)
         if role is Role.REUSE:
-            return self._sites.values[self._index]
+            return self._cached()
         if role is Role.LIVE:
-            return self._inner(*args, **kwargs)
+            return self.inner(*args, **kwargs)
         if self.kind == _CROSS:
             self._check_text(args, kwargs)
-        return self._capture(self._inner(*args, **kwargs))
+        return self._capture(self.inner(*args, **kwargs))
+
+    def _cached(self) -> Any:
+        value = self._sites.values[self._index]
+        return value.clone() if self.kind == _DEEP else value
 
     def _capture(self, output: Any) -> Any:
         if not isinstance(output, torch.Tensor):
@@ -125,7 +130,8 @@ class Site:
             raise UnsupportedError(
                 f"{self.name} ran more than once in one call of the denoiser: expected once. Turn off what repeats it."
             )
-        self._sites.values[self._index] = output
+        # FreeU writes in place into what leaves the deep branch, so that the UNet gets a tensor of its own.
+        self._sites.values[self._index] = output.clone() if self.kind == _DEEP else output
         return output
 
     def _check_text(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -149,8 +155,8 @@ class TupleSite(Site):
         """Run the module, in place of its ``forward``, as its role says."""
         role = self._sites.role(self._index)
         if role is Role.REUSE:
-            return (self._sites.values[self._index],)
-        output = self._inner(*args, **kwargs)
+            return (self._cached(),)
+        output = self.inner(*args, **kwargs)
         if role is Role.CAPTURE:
             self._capture(output[0])
         return output
@@ -159,32 +165,30 @@ class TupleSite(Site):
 class SkippedSite(Site):
     """A module of which nothing is used while the deep branch is cached.
 
-    While skipped it returns an empty stand-in of its usual shape. Where a phase is compiled it is traced as it is: the
-    compiler drops what is not used.
+    While skipped it returns memory of its usual shape that nothing was written to. Where a phase is compiled it is
+    traced as it is: the compiler drops what is not used.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._stand_ins: dict[torch.Size, Any] = {}
+        self._forms: dict[torch.Size, Any] = {}  # the form of the output, as meta tensors, by the shape of the input
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module, in place of its ``forward``, as its role says."""
         role = self._sites.role(self._index)
         if self._sites.roles is None or torch.compiler.is_compiling():
-            return self._inner(*args, **kwargs)
-        shape = (args[0] if args else kwargs["hidden_states"]).shape
-        if role is Role.SKIP:
-            return self._stand_ins[shape]
-        output = self._inner(*args, **kwargs)
-        self._stand_ins[shape] = _stand_in(output)
+            return self.inner(*args, **kwargs)
+        given = args[0] if args else kwargs["hidden_states"]
+        # The full step may have run in a compiled graph, and this one not: then there is no form to go by.
+        if role is Role.SKIP and given.shape in self._forms:
+            return tree_map_only(
+                torch.Tensor, lambda form: torch.empty_like(form, device=given.device), self._forms[given.shape]
+            )
+        output = self.inner(*args, **kwargs)
+        self._forms[given.shape] = tree_map_only(
+            torch.Tensor, lambda value: torch.empty_like(value, device="meta"), output
+        )
         return output
-
-
-def _stand_in(output: Any) -> Any:
-    """Tensors without storage to speak of, in the form of ``output``."""
-    if isinstance(output, torch.Tensor):
-        return output.new_zeros(()).expand(output.shape)
-    return tuple(_stand_in(value) for value in output)
 
 
 class Sites:
@@ -194,6 +198,7 @@ class Sites:
         roles: a role for each site, or None outside a phase: every site is LIVE.
         values: for each site the cached tensor (REUSE) or, once it has run, the captured one (CAPTURE).
         sites: every site, in the order in which they were put on their modules.
+        removed: whether they were taken off again.
     """
 
     def __init__(self, denoiser: nn.Module) -> None:
@@ -201,6 +206,7 @@ class Sites:
         self.roles: tuple[Role, ...] | None = None
         self.values: list[Any] = []
         self.sites: list[Site] = []
+        self.removed = False
         for name, kind, module in find_sites(denoiser):
             self.sites.append(Site(self, name, kind, module))
 
@@ -250,3 +256,4 @@ class Sites:
         """Take every site off its module, the last one put on first."""
         for site in reversed(self.sites):
             site.remove()
+        self.removed = True

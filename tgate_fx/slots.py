@@ -2,14 +2,42 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
 from torch import nn
+
+from .errors import StateError
+
+_Copied = TypeVar("_Copied", bound="Replacement")
 
 # accelerate's hooks replace `module.forward` and keep the one they found here: beneath them is the place that
 # survives their being removed and added again (diffusers does so after every generation with CPU offload).
 _BENEATH_HOOK = "_old_forward"
+
+
+class Replacement:
+    """What stands in a forward slot: it is copied together with its module, but never pickled.
+
+    Attributes:
+        inner: the forward that was there before.
+    """
+
+    inner: Callable[..., Any]
+
+    def __deepcopy__(self: _Copied, memo: dict[int, Any]) -> _Copied:
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        return twin
+
+    def __reduce__(self) -> NoReturn:
+        raise StateError(
+            "A gated or split denoiser cannot be pickled or given to torch.save: expected a plain module, or its "
+            "state_dict. Call tgate_fx.restore first, or use save_pretrained or state_dict(), which hold the weights "
+            "alone."
+        )
 
 
 class ForwardSlot:
@@ -21,7 +49,7 @@ class ForwardSlot:
         inner: the forward that was there before; call it to run the module as it was.
     """
 
-    def __init__(self, module: nn.Module, replacement: Callable[..., Any]) -> None:
+    def __init__(self, module: nn.Module, replacement: Replacement) -> None:
         self.module = module
         self.replacement = replacement
         name = _BENEATH_HOOK if _BENEATH_HOOK in vars(module) else "forward"

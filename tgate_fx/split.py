@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .errors import ArgumentError
+from .errors import ArgumentError, StateError
 from .sites import KINDS, Role, Roles, Sites
 
 Cache = tuple[Sequence[torch.Tensor], ...]  # for each kind of site, a tensor for each site; () for a kind not reused
@@ -43,6 +43,11 @@ def phase_function(sites: Sites, forward: Callable[..., Any], roles: Roles, bran
     )
 
     def run(cache: Cache, args: Sequence[Any], kwargs: dict[str, Any]) -> PhaseResult:
+        if sites.removed:
+            raise StateError(
+                "This phase was called after its sites were taken off the denoiser by tgate_fx.restore: expected them "
+                "on it. Call tgate_fx.split again."
+            )
         values: list[Any] = [None] * len(site_roles)
         for held, indices in zip(cache, reused, strict=True):
             for value, index in zip(held, indices, strict=True):

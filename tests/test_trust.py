@@ -1,0 +1,159 @@
+"""What changes modules between two steps of one generation is seen by compiled phases, whoever changes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
+from torch import nn
+
+import tgate_fx
+from tests import tiny
+from tests.conftest import CountingBackend
+from tgate_fx.trust import known_to_leave_modules_alone
+
+FREEU = {"s1": 0.9, "s2": 0.2, "b1": 1.2, "b2": 1.4}
+KWARGS = {**tiny.inputs("sd"), "num_inference_steps": 7}
+
+
+class CountingProcessor(AttnProcessor2_0):
+    """An attention processor that does something else from its fifth call on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.calls += 1
+        out: torch.Tensor = super().__call__(*args, **kwargs)
+        return out * 2 if self.calls >= 5 else out
+
+
+def counting_processor(pipe: Any) -> None:
+    pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.set_processor(CountingProcessor())
+
+
+def freeu_at_fifth(pipe: Any) -> Callable[..., None]:
+    calls: list[int] = []
+
+    def hook(*_: Any) -> None:
+        calls.append(0)
+        if len(calls) == 5:
+            pipe.enable_freeu(**FREEU)
+
+    return hook
+
+
+def hook_on_the_denoiser(pipe: Any) -> None:
+    pipe.unet.register_forward_pre_hook(freeu_at_fifth(pipe))
+
+
+def hook_on_the_denoiser_afterwards(pipe: Any) -> None:
+    hook = freeu_at_fifth(pipe)
+    pipe.unet.register_forward_hook(lambda *args: hook())
+
+
+def scheduler_of_its_own(pipe: Any) -> None:
+    hook = freeu_at_fifth(pipe)
+
+    class Scheduler(diffusers.DDIMScheduler):  # type: ignore[misc]
+        def step(self, *args: Any, **kwargs: Any) -> Any:
+            hook()
+            return super().step(*args, **kwargs)
+
+    pipe.scheduler = Scheduler.from_config(pipe.scheduler.config)
+
+
+def replaced_step(pipe: Any) -> None:
+    hook, plain = freeu_at_fifth(pipe), pipe.scheduler.step
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        hook()
+        return plain(*args, **kwargs)
+
+    pipe.scheduler.step = step
+
+
+def pipeline_of_its_own(pipe: Any) -> None:
+    hook = freeu_at_fifth(pipe)
+
+    class Pipeline(diffusers.StableDiffusionPipeline):  # type: ignore[misc]
+        @property
+        def interrupt(self) -> bool:  # asked in every step of the loop
+            hook()
+            return False
+
+    pipe.__class__ = Pipeline
+
+
+def module_of_its_own(pipe: Any) -> None:
+    hook = freeu_at_fifth(pipe)
+
+    class Watched(nn.SiLU):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if not torch.compiler.is_compiling():
+                hook()
+            return super().forward(x)
+
+    pipe.unet.conv_act = Watched()
+
+
+CHANGES = [
+    counting_processor,
+    hook_on_the_denoiser,
+    hook_on_the_denoiser_afterwards,
+    scheduler_of_its_own,
+    replaced_step,
+    pipeline_of_its_own,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_between_steps_is_seen(change: Callable[[Any], None], backend: CountingBackend) -> None:
+    pipe, eager, plain = (tiny.make("sd") for _ in range(3))
+    change(pipe)
+    change(eager)
+    tgate_fx.compile(pipe, gate_step=2, backend=backend)
+    got = tiny.latents(pipe, **KWARGS)
+    assert torch.equal(got, tiny.latents(tgate_fx.gate(eager, 2), **KWARGS))
+    assert not torch.equal(got, tiny.latents(tgate_fx.gate(plain, 2), **KWARGS))
+    assert len(backend.graphs) > 2
+
+
+@pytest.mark.parametrize("change", [*CHANGES, module_of_its_own])
+def test_only_known_code_is_trusted(change: Callable[[Any], None]) -> None:
+    pipe = tiny.make("sd")
+    change(pipe)
+    tgate_fx.gate(pipe)
+    assert not known_to_leave_modules_alone(pipe, pipe.unet)
+
+
+@pytest.mark.parametrize("family", tiny.MAKERS)
+def test_diffusers_own_code_is_trusted(family: str) -> None:
+    pipe = tgate_fx.gate(tiny.make(family))
+    assert known_to_leave_modules_alone(pipe, tiny.denoiser(pipe))
+
+
+def test_forwards_that_are_not_the_class_s_own_are_not_trusted() -> None:
+    pipe = tiny.make("sd")
+    block = pipe.unet.mid_block
+    plain = block.forward
+    block.forward = lambda *args, **kwargs: plain(*args, **kwargs)
+    tgate_fx.gate(pipe)
+    assert not known_to_leave_modules_alone(pipe, pipe.unet)
+    block.forward = plain
+    assert known_to_leave_modules_alone(pipe, pipe.unet)
+
+
+def test_global_hooks_are_not_trusted() -> None:
+    pipe = tgate_fx.gate(tiny.make("sd"))
+    handle = nn.modules.module.register_module_forward_pre_hook(lambda *args: None)
+    try:
+        assert not known_to_leave_modules_alone(pipe, pipe.unet)
+    finally:
+        handle.remove()
+    assert known_to_leave_modules_alone(pipe, pipe.unet)
