@@ -177,3 +177,16 @@ def test_intervals_and_deepcache_together_are_refused() -> None:
 def test_invalid_after_gate(value: Any) -> None:
     with pytest.raises(tgate_fx.ArgumentError, match="'negative', 'positive', 'both'"):
         Schedule(5, after_gate=value)
+
+
+@pytest.mark.parametrize("settings", [{}, {"sp_interval": 2, "warm_up": 1}, {"fi_interval": 3}, {"deep_interval": 2}])
+def test_off_captures_what_the_others_reuse_and_keeps_nothing(settings: dict[str, Any]) -> None:
+    schedule = Schedule(0.5, **settings, off=True).resolve(None)
+    assert not schedule.caches
+    expected = Schedule(3, **settings).at(0).roles  # the step that captures everything
+    for index in range(8):
+        step = schedule.at(index)
+        assert step.roles == expected
+        assert step.keep == (False, False, False)
+        assert step.phase == "pre-gate"
+        assert not step.gated

@@ -157,3 +157,10 @@ def test_global_hooks_are_not_trusted() -> None:
     finally:
         handle.remove()
     assert known_to_leave_modules_alone(pipe, pipe.unet)
+
+
+def test_a_class_s_patched_forward_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tgate_fx.gate(tiny.make("sd"))
+    plain = nn.SiLU.forward
+    monkeypatch.setattr(nn.SiLU, "forward", lambda self, x: plain(self, x))
+    assert not known_to_leave_modules_alone(pipe, pipe.unet)
