@@ -8,20 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-# What differs from the diffusers class's defaults.
-UNETS: dict[str, dict[str, Any]] = {
-    "sd15": {"sample_size": 64, "cross_attention_dim": 768},
-    "sd21": {
-        "sample_size": 96,
-        "cross_attention_dim": 1024,
-        "attention_head_dim": [5, 10, 20, 20],
-        "use_linear_projection": True,
-    },
-}
+from tgate_fx.architectures import ARCHITECTURES
+
 TEXT_ENCODERS: dict[str, dict[str, Any]] = {
     "sd15": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
     "sd21": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16},
@@ -77,7 +69,7 @@ def stable_diffusion(arch: str, dtype: torch.dtype = torch.float32) -> StableDif
         vae=vae,
         text_encoder=CLIPTextModel(text),
         tokenizer=clip_tokenizer(),
-        unet=UNet2DConditionModel(**UNETS[arch]),
+        unet=ARCHITECTURES[arch].build("cpu"),
         scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,

@@ -22,7 +22,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 import tgate_fx
-from benchmarks.architectures import UNETS, stable_diffusion
+from benchmarks.architectures import TEXT_ENCODERS, stable_diffusion
 
 PROMPT = "a photograph of an astronaut riding a horse on the moon, highly detailed"
 
@@ -56,7 +56,7 @@ def generate(pipe: Any, args: argparse.Namespace, output_type: str) -> tuple[Any
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", choices=UNETS, default="sd15")
+    parser.add_argument("--arch", choices=TEXT_ENCODERS, default="sd15")
     parser.add_argument("--latent", type=int, default=32, help="height and width of the latents")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--gate", type=int, default=3)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import tgate_fx
-from benchmarks.architectures import UNETS, stable_diffusion
+from benchmarks.architectures import TEXT_ENCODERS, stable_diffusion
 from benchmarks.fullsize import machine
 from tests import tiny
 
@@ -43,7 +43,7 @@ def step_microseconds(pipe: Any, steps: int, **kwargs: Any) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", choices=["tiny", *UNETS], action="append")
+    parser.add_argument("--arch", choices=["tiny", *TEXT_ENCODERS], action="append")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--json", type=Path, help="also write the figures here")
     args = parser.parse_args()

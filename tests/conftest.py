@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+from tgate_fx import commands
 
 # Tiny tensors gain nothing from threads, and the tests run in several processes.
 torch.set_num_threads(1)
@@ -37,3 +40,14 @@ class CountingBackend:
 @pytest.fixture
 def backend() -> CountingBackend:
     return CountingBackend()
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """Run ``tgate-fx`` with these arguments on a wide terminal; its exit code."""
+    monkeypatch.setattr(sys, "argv", ["tgate-fx", *map(str, arguments)])
+    monkeypatch.setenv("COLUMNS", "160")
+    try:
+        commands.main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0

@@ -1,0 +1,55 @@
+"""`tgate-fx macs`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from ..architectures import ARCHITECTURES
+from ..schedule import AFTER_GATE, Schedule
+from .options import GateStep, OutFile
+
+
+@click.command()
+@click.option("--arch", type=click.Choice(list(ARCHITECTURES)), help="Count one schedule of this model instead.")
+@click.option("--steps", type=click.IntRange(min=1), default=25, show_default=True, help="Steps of an image.")
+@click.option("--gate-step", type=GateStep(), default=10, show_default=True, help="First gated step, or none.")
+@click.option("--sp-interval", default=1, show_default=True, help="Of self-attention, before the gate.")
+@click.option("--fi-interval", default=1, show_default=True, help="Of self-attention, from the gate on.")
+@click.option("--warm-up", default=0, show_default=True, help="First step whose self-attention is cached.")
+@click.option("--deepcache", type=(int, int), metavar="INTERVAL BRANCH", help="Skip the UNet's deep branch.")
+@click.option("--after-gate", type=click.Choice(AFTER_GATE), default="negative", show_default=True)
+@click.option("--guided/--unguided", default=True, help="With classifier-free guidance before the gate, or without.")
+@click.option("--size", type=click.IntRange(min=8), help="Latents per side, if not the model's own.")
+@click.option("--json", "json_out", type=OutFile(), help="Write the rows to this file too.")
+def macs(
+    arch: str | None,
+    steps: int,
+    gate_step: int | float | None,
+    sp_interval: int,
+    fi_interval: int,
+    warm_up: int,
+    deepcache: tuple[int, int] | None,
+    after_gate: str,
+    guided: bool,
+    size: int | None,
+    json_out: Path | None,
+) -> None:
+    """Count multiply-adds and parameters, without weights: T-GATE's published table, or one schedule of one model.
+
+    With --arch the other options say what is counted: a step of each phase, and the whole image.
+    """
+    from .. import macs_table
+    from ..macs import Generation
+
+    if arch is None:
+        rows = macs_table.published_rows()
+    else:
+        interval, branch = deepcache or (None, None)
+        schedule = Schedule(gate_step, sp_interval, fi_interval, warm_up, interval, after_gate)
+        rows = macs_table.schedule_rows(Generation(arch, steps, schedule, guided, branch, size))
+    macs_table.show(rows)
+    if json_out is not None:
+        json_out.write_text(json.dumps(rows, indent=1) + "\n")
