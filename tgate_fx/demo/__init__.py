@@ -1,0 +1,30 @@
+"""The embedded pipeline: small, trained on drawn scenes by `benchmarks/embedded`, and loaded without a network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+def load() -> StableDiffusionPipeline:
+    """A Stable Diffusion pipeline that draws one to three simple objects: 64×64 pixels, float32, on the CPU.
+
+    It knows the words of `tgate_fx.demo.scenes` and no others: sizes, colours, shapes, where things are, and the
+    background. `unknown_words` finds the rest of a prompt.
+    """
+    from diffusers import StableDiffusionPipeline
+
+    pipe: StableDiffusionPipeline = StableDiffusionPipeline.from_pretrained(  # type: ignore[no-untyped-call]
+        str(WEIGHTS), local_files_only=True
+    )
+    return pipe
+
+
+def unknown_words(pipe: Any, prompt: str) -> list[str]:
+    """The words of a prompt that the pipeline's tokenizer does not hold whole, and which it was never trained on."""
+    return [word for word in prompt.split() if len(pipe.tokenizer.tokenize(word.strip(","))) > 1]
