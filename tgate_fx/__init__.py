@@ -12,7 +12,8 @@ from .loaders import (
     TgateSDXLLoader,
     TgateSVDLoader,
 )
-from .pipeline import compile, disabled, gate, report, restore, sites, split
+from .phase_graph import PhaseGraph
+from .pipeline import compile, disabled, gate, graphs, report, restore, sites, split
 from .report import Report, StepReport
 from .sites import SiteInfo
 
@@ -22,6 +23,7 @@ __all__ = [
     "ArgumentError",
     "CompileError",
     "DeepCache",
+    "PhaseGraph",
     "Report",
     "SiteInfo",
     "StateError",
@@ -39,6 +41,7 @@ __all__ = [
     "compile",
     "disabled",
     "gate",
+    "graphs",
     "report",
     "restore",
     "sites",

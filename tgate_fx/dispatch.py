@@ -14,6 +14,7 @@ from torch import nn
 from . import families
 from .cache import StaticCache
 from .errors import StateError, UnsupportedError
+from .phase_graph import Example, example
 from .report import StepClock
 from .schedule import Schedule, Step
 from .sites import KINDS, Role, Roles, Sites
@@ -163,6 +164,7 @@ class Run:
         steps: how many steps were run.
         cut: whether the step that ran last saw one guidance branch only.
         clock: what each step was, and how long it took.
+        examples: for each phase what it was given first, for `tgate_fx.graphs`.
     """
 
     def __init__(self, pipe: Any, gated: Gate, schedule: Schedule, guidance_scale: Any) -> None:
@@ -175,6 +177,7 @@ class Run:
         self._timestep: object = None
         self._expected: int | None = None
         self.clock = StepClock()
+        self.examples: dict[Roles, Example] = {}
         self.steps = 0
         self.cut = False
 
@@ -195,8 +198,11 @@ class Run:
         if self.cut:
             inputs = families.one_branch(inputs, self.schedule.after_gate, rows)
             rows //= 2
+        cache = self._cache_for(step, (rows, *latents.shape[1:]))
+        if step.roles not in self.examples:
+            self.examples[step.roles] = example(step, cache, inputs)
         graphs = self._gated.phases.graphs
-        output, captured = self._gated.phases(step, self._cache_for(step, (rows, *latents.shape[1:])), inputs)
+        output, captured = self._gated.phases(step, cache, inputs)
         if any(step.keep):
             self._keep(step, captured, latents, guided)
         if self.cut:

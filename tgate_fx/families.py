@@ -27,6 +27,9 @@ _NOT_PLAIN_GUIDANCE = {
     "editing_prompt": "semantic guidance, which adds a branch for each edit to the batch",
 }
 
+# The denoiser's inputs that carry the text, which no step reads once every cross-attention is cached.
+TEXT = ("encoder_hidden_states", "encoder_attention_mask")
+
 # The denoiser's first input.
 LATENTS = ("sample", "hidden_states")
 

@@ -18,6 +18,7 @@ from .compiler import CompiledPhases, CompileSettings
 from .deepcache import DeepCache, find_deep_branch
 from .dispatch import Dispatch, EagerPhases, Phases, Run
 from .errors import StateError
+from .phase_graph import PhaseGraph, trace
 from .report import Report
 from .schedule import Schedule
 from .sites import Roles, Site
@@ -174,6 +175,21 @@ class Gated:
     def check_captured(self, kind: int, captured: Sequence[Any]) -> None:
         """Raise `StateError` if a site of this kind did not run while its denoiser did."""
         self.dispatch.sites.check_captured(kind, self.branch, captured)
+
+    def graphs(self) -> dict[str, PhaseGraph]:
+        """The graphs of the last run's phases."""
+        if self.run is None or not self.run.examples:
+            raise StateError(
+                "No generation has run since this pipeline was gated: expected one, since graphs are traced for inputs "
+                "like its own. Generate an image first; the fewest steps that reach every phase will do."
+            )
+        dispatch = self.dispatch
+        with dispatch.lock:
+            traced = [
+                trace(self.denoiser, dispatch.sites, dispatch.inner, self.branch, of)
+                for of in self.run.examples.values()
+            ]
+        return {graph.name: graph for graph in traced}
 
     def report(self) -> Report:
         """The report on the last run; empty if there was none."""

@@ -1,5 +1,4 @@
-"""The public functions, in the order in which they are used: gate or compile, report, disabled, restore; sites, "
-"split."""
+"""The public functions, in the order of use: gate or compile, report, graphs, disabled, restore; sites, split."""
 
 from __future__ import annotations
 
@@ -15,6 +14,7 @@ from .deepcache import DeepCache
 from .dispatch import SPLIT, Dispatch
 from .errors import ArgumentError, StateError, UnsupportedError
 from .gated import Gated
+from .phase_graph import PhaseGraph
 from .report import Report
 from .schedule import Schedule
 from .sites import KINDS, SiteInfo, find_sites
@@ -161,6 +161,23 @@ def report(pipe: Any) -> Report:
         StateError: the pipeline is not gated.
     """
     return _gated(pipe).report()
+
+
+def graphs(pipe: Any) -> dict[str, PhaseGraph]:
+    """The phases of the last generation as graphs that can be read, run, checked and compared.
+
+    Args:
+        pipe: a pipeline under `gate` or `compile` that has generated something.
+
+    Returns:
+        For each phase, under the name that the report gives it ("pre-gate", "post-gate"), its graph: the denoiser's
+        operations in that phase as a `torch.fx.GraphModule` over the denoiser's own parameters, for inputs of the
+        shapes and dtypes of that generation. This is the graph as torch.export sees it, before any compiler.
+
+    Raises:
+        StateError: the pipeline is not gated, or nothing was generated yet.
+    """
+    return _gated(pipe).graphs()
 
 
 @contextmanager

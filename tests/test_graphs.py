@@ -1,0 +1,139 @@
+"""The phases as graphs: that they run, are what they claim, and that a graph which is not is found out."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._pytree import tree_map_only
+
+import tgate_fx
+from tests import tiny
+from tgate_fx.gated import Gated
+
+
+def generated(family: str, **settings: Any) -> Any:
+    """A gated pipeline after a generation of eight steps."""
+    pipe = tgate_fx.gate(tiny.svd() if family == "svd" else tiny.make(family), **{"gate_step": 2, **settings})
+    inputs = tiny.svd_inputs() if family == "svd" else tiny.inputs(family)
+    tiny.latents(pipe, **inputs, num_inference_steps=8)
+    return pipe
+
+
+def random_arguments(pipe: Any, name: str) -> Any:
+    """Random values of the form that a phase was run with: its cache and its inputs."""
+    example = next(each for each in Gated.of(pipe).run.examples.values() if each.name == name)
+    return tree_map_only(torch.Tensor, lambda form: torch.rand(form.shape), (example.cache, example.inputs))
+
+
+@torch.no_grad()
+def check_against_eager(pipe: Any, graph: tgate_fx.PhaseGraph) -> None:
+    """A graph computes what its phase computes eagerly."""
+    gated = Gated.of(pipe)
+    roles = next(each.roles for each in gated.run.examples.values() if each.name == graph.name)
+    cache, inputs = random_arguments(pipe, graph.name)
+    expected = gated.phases._function_of(roles)(cache, (), inputs)
+    got = graph.module(cache, inputs)
+    leaves = [torch.utils._pytree.tree_leaves(each) for each in (got, expected)]
+    assert len(leaves[0]) == len(leaves[1]) > 0
+    for one, other in zip(*leaves, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", [*tiny.MAKERS, "svd"])
+def test_graphs_run_and_are_what_they_claim(family: str) -> None:
+    pipe = generated(family)
+    graphs = tgate_fx.graphs(pipe)
+    assert list(graphs) == ["pre-gate", "post-gate"]
+    pre, post = graphs.values()
+    sites = tgate_fx.sites(pipe)
+    assert (pre.reused, pre.captured) == ((), sites)
+    assert (post.reused, post.captured) == (sites, ())
+    for graph in (pre, post):
+        graph.check()
+        check_against_eager(pipe, graph)
+    assert "inputs_encoder_hidden_states" in pre.inputs
+    assert any("attn2" in name for name in pre.parameters)
+    assert not {"inputs_encoder_hidden_states", "inputs_encoder_attention_mask"} & set(post.inputs)
+    assert not any("attn2" in name or "caption_projection" in name for name in post.parameters)
+    assert len([name for name in post.inputs if name.startswith("cache")]) == len(sites)
+
+
+def test_every_phase_of_intervals_has_a_graph() -> None:
+    pipe = generated("sd", gate_step=4, sp_interval=2, fi_interval=2)
+    graphs = tgate_fx.graphs(pipe)
+    names = ["pre-gate", "pre-gate, self-attention reused", "post-gate", "post-gate, self-attention reused"]
+    assert list(graphs) == names
+    for graph in graphs.values():
+        graph.check()
+        check_against_eager(pipe, graph)
+    assert not any("attn1" in name or "attn2" in name for name in graphs[names[3]].parameters)
+
+
+def test_a_shallow_phase_has_nothing_of_the_deep_branch() -> None:
+    pipe = generated("sd", gate_step=4, deepcache=tgate_fx.DeepCache(2, 0))
+    graphs = tgate_fx.graphs(pipe)
+    shallow = graphs["post-gate, shallow"]
+    shallow.check()
+    check_against_eager(pipe, shallow)
+    assert "mid_block" in {site.name for site in shallow.skipped}
+    assert not any(name.startswith(("mid_block", "down_blocks.1")) for name in shallow.parameters)
+    assert any(name.startswith("mid_block") for name in graphs["post-gate"].parameters)
+
+
+def test_reading_a_graph() -> None:
+    pre, post = tgate_fx.graphs(generated("sd")).values()
+    said = str(post)
+    assert said.startswith("post-gate: ")
+    assert "4 sites reused, 0 captured" in said
+    assert "reads inputs_sample, inputs_timestep\n" in said
+    for depth in (1, 2, None):
+        calls = [node for node in post.module.graph.nodes if node.op == "call_function"]
+        assert sum(post.operations(depth).values()) == len(calls)
+    assert post.operations(1)["conv_in"] == 1
+    # What the phases differ in is cross-attention and the norm before it, which nothing else reads.
+    changed = pre.difference(post)
+    assert {name.split("transformer_blocks.0.")[1].split(".")[0] for name in changed} == {"attn2", "norm2"}
+    assert all(after == 0 for _, after in changed.values())
+    assert post.difference(post) == {}
+    assert "torch.ops.aten" in post.module.code
+
+
+def test_parameters_are_the_denoiser_s_own() -> None:
+    pipe = generated("sd")
+    post = tgate_fx.graphs(pipe)["post-gate"]
+    for name, parameter in post.module.denoiser.named_parameters():
+        assert parameter is pipe.unet.get_parameter(name)
+
+
+def test_a_graph_that_is_not_what_it_claims_is_found_out() -> None:
+    pre, post = tgate_fx.graphs(generated("sd")).values()
+    lying = dataclasses.replace(pre, reused=post.reused)
+    with pytest.raises(tgate_fx.StateError, match=r"pre-gate graph reads or computes .*expected nothing of the sites"):
+        lying.check()
+    # The text alone is enough to be found out.
+    elsewhere = (tgate_fx.SiteInfo("nowhere", "cross-attention"),)
+    with pytest.raises(tgate_fx.StateError, match="computes inputs_encoder_hidden_states: expected"):
+        dataclasses.replace(pre, reused=elsewhere).check()
+    skipping = dataclasses.replace(post, skipped=(tgate_fx.SiteInfo("mid_block", "deep branch"),))
+    with pytest.raises(tgate_fx.StateError, match="post-gate graph reads or computes"):
+        skipping.check()
+
+
+def test_graphs_of_a_compiled_pipeline_and_what_leaves_it_as_it_was() -> None:
+    pipe = tgate_fx.compile(tiny.make("sd"), 2, backend="eager")
+    kwargs = {**tiny.inputs("sd"), "num_inference_steps": 4}
+    expected = tiny.latents(pipe, **kwargs)
+    tgate_fx.graphs(pipe)["post-gate"].check()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert torch.equal(tiny.latents(pipe, **kwargs), expected)
+
+
+def test_without_a_generation_there_are_no_graphs() -> None:
+    pipe = tgate_fx.gate(tiny.make("sd"))
+    with pytest.raises(tgate_fx.StateError, match=r"No generation has run.*expected one.*Generate an image first"):
+        tgate_fx.graphs(pipe)
+    with pytest.raises(tgate_fx.StateError, match="is not gated"):
+        tgate_fx.graphs(tiny.make("sd"))
