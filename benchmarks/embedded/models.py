@@ -104,7 +104,7 @@ def autoencoder() -> AutoencoderKL:
 
 def scheduler() -> DPMSolverMultistepScheduler:
     return DPMSolverMultistepScheduler(
-        beta_schedule="linear", beta_start=1e-4, beta_end=0.02, prediction_type="v_prediction"
+        beta_schedule="linear", beta_start=1e-4, beta_end=0.02, prediction_type="v_prediction", steps_offset=1
     )
 
 
