@@ -7,7 +7,6 @@ import sys
 import click
 
 from ..errors import TGateError
-from .demo import demo
 from .macs import macs
 
 
@@ -16,7 +15,6 @@ def app() -> None:
     """T-GATE for diffusers pipelines, compiled."""
 
 
-app.add_command(demo)
 app.add_command(macs)
 
 
