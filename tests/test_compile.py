@@ -519,3 +519,10 @@ def test_fingerprint_reads_weights_of_every_form(form: str) -> None:
     assert fingerprint(module) == before
     FORMS[form].data.select(-1, -1).copy_(torch.tensor(3)) if form != "scalar" else FORMS[form].data.fill_(3)
     assert fingerprint(module) != before
+
+
+def test_a_weight_that_cannot_be_read_is_refused_where_graphs_hold_weights() -> None:
+    module = nn.Module()
+    module.register_buffer("weight", torch.eye(3).to_sparse())
+    with pytest.raises(tgate_fx.UnsupportedError, match=r"torch.sparse_coo.*expected dense weights.*freezing"):
+        fingerprint(module)

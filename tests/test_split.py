@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -307,3 +309,32 @@ def test_a_site_that_runs_twice_is_refused() -> None:
     pre, _ = tgate_fx.split(denoiser)
     with pytest.raises(tgate_fx.UnsupportedError, match="ran more than once in one call"):
         pre(**inputs)
+
+
+def test_phases_of_a_split_may_run_in_several_threads() -> None:
+    denoiser, inputs = unet()
+    with torch.no_grad():
+        pre, post = tgate_fx.split(denoiser)
+        output, cache = pre(**inputs, return_dict=False)
+    wrong: list[int] = []
+
+    def work() -> None:
+        with torch.no_grad():
+            for call in range(20):
+                got = (
+                    post(cache, **inputs, return_dict=False)[0] if call % 2 else pre(**inputs, return_dict=False)[0][0]
+                )
+                if not torch.equal(got, output[0]):
+                    wrong.append(call)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=work) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert wrong == []

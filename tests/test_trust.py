@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -149,18 +150,64 @@ def test_forwards_that_are_not_the_class_s_own_are_not_trusted() -> None:
     assert known_to_leave_modules_alone(pipe, pipe.unet)
 
 
-def test_global_hooks_are_not_trusted() -> None:
-    pipe = tgate_fx.gate(tiny.make("sd"))
-    handle = nn.modules.module.register_module_forward_pre_hook(lambda *args: None)
+def test_global_hooks_are_refused_by_compiled_phases(backend: CountingBackend) -> None:
+    pipe = tgate_fx.compile(tiny.make("sd"), gate_step=2, backend=backend)
+    expected = tiny.latents(pipe, **KWARGS)
+    handle = nn.modules.module.register_module_forward_hook(lambda module, given, out: out)
     try:
-        assert not known_to_leave_modules_alone(pipe, pipe.unet)
+        with pytest.raises(tgate_fx.UnsupportedError, match=r"for all modules.*expected none.*tgate_fx\.gate"):
+            tiny.latents(pipe, **KWARGS)
     finally:
         handle.remove()
-    assert known_to_leave_modules_alone(pipe, pipe.unet)
+    assert torch.equal(tiny.latents(pipe, **KWARGS), expected)
 
 
-def test_a_class_s_patched_forward_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
-    pipe = tgate_fx.gate(tiny.make("sd"))
-    plain = nn.SiLU.forward
-    monkeypatch.setattr(nn.SiLU, "forward", lambda self, x: plain(self, x))
+def test_a_hook_that_is_registered_later_is_seen(backend: CountingBackend) -> None:
+    pipe, eager = tgate_fx.compile(tiny.make("sd"), 2, backend=backend), tgate_fx.gate(tiny.make("sd"), 2)
+    before = tiny.latents(pipe, **KWARGS)
+    handles = [each.unet.mid_block.register_forward_hook(lambda module, given, out: out * 2) for each in (pipe, eager)]
+    hooked = tiny.latents(pipe, **KWARGS)
+    assert torch.equal(hooked, tiny.latents(eager, **KWARGS))
+    assert not torch.equal(hooked, before)
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(tiny.latents(pipe, **KWARGS), before)
+
+
+def patched(owner: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrap a method so that it looks like the one it wraps."""
+    plain = getattr(owner, name)
+
+    @functools.wraps(plain)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, wrapper)
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        lambda pipe: (nn.SiLU, "forward"),
+        lambda pipe: (type(pipe.unet), "get_time_embed"),
+        lambda pipe: (AttnProcessor2_0, "__call__"),
+        lambda pipe: (type(pipe.scheduler), "scale_model_input"),
+        lambda pipe: (diffusers.DiffusionPipeline, "progress_bar"),
+        lambda pipe: (pipe.unet, "get_time_embed"),
+        lambda pipe: (pipe.unet.mid_block, "forward"),
+        lambda pipe: (pipe.scheduler, "step"),
+        lambda pipe: (pipe, "progress_bar"),
+    ],
+)
+@pytest.mark.parametrize("gated_first", [False, True])
+def test_what_is_patched_in_is_not_trusted(
+    what: Callable[[Any], tuple[Any, str]], gated_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = tiny.make("sd")
+    if gated_first:
+        tgate_fx.gate(pipe)
+        assert known_to_leave_modules_alone(pipe, pipe.unet)
+    patched(*what(pipe), monkeypatch)
+    if not gated_first:
+        tgate_fx.gate(pipe)
     assert not known_to_leave_modules_alone(pipe, pipe.unet)

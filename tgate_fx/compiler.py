@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from .errors import CompileError
+from .errors import CompileError, UnsupportedError
 from .families import first_input
 from .forms import canonical, memory_format
 from .pruning import PrunedBackend
@@ -92,8 +92,10 @@ class _Variant:
         """Run with every guard checked, compiling if need be."""
         # Dynamo looks at inductor's own setting, not at the options, to keep weights out of the graph's inputs.
         frozen = torch._inductor.config.patch(freezing=True) if self._freezes else nullcontext()
+        # Without this, hooks that are registered on modules later would not be noticed.
+        with_hook_guards = torch._dynamo.config.patch(skip_nnmodule_hook_guards=False)
         try:
-            with frozen:
+            with frozen, with_hook_guards:
                 result: PhaseResult = self._compiled(cache, (), inputs)
         except torch._dynamo.exc.TorchDynamoException as error:
             raise CompileError(
@@ -221,10 +223,17 @@ def fingerprint(module: nn.Module) -> tuple[object, ...]:
     marks: list[object] = []
     sums: dict[torch.device, list[torch.Tensor]] = {}
     for tensor in itertools.chain(module.parameters(), module.buffers()):
-        version = None if tensor.is_inference() else tensor._version
-        marks.append((id(tensor), tensor.data_ptr(), version))
-        if not tensor.is_meta:
-            sums.setdefault(tensor.device, []).append(_checksum(tensor.detach()))
+        try:
+            version = None if tensor.is_inference() else tensor._version
+            marks.append((id(tensor), tensor.data_ptr(), version))
+            if not tensor.is_meta:
+                sums.setdefault(tensor.device, []).append(_checksum(tensor.detach()))
+        except (RuntimeError, NotImplementedError, ValueError) as error:
+            raise UnsupportedError(
+                f"A weight of type {type(tensor).__name__}, {tensor.layout}, {tensor.dtype} cannot be read: expected "
+                "dense weights, for changes to those that a frozen graph holds would go unnoticed. Give "
+                'options={"freezing": False} to tgate_fx.compile.'
+            ) from error
     return (*marks, *[tuple(torch.stack(of_device).tolist()) for of_device in sums.values()])
 
 

@@ -23,7 +23,7 @@ from .report import Report
 from .schedule import Schedule
 from .sites import Roles, Site
 from .split import PhaseFunction, phase_function
-from .trust import known_to_leave_modules_alone
+from .trust import check_no_global_hooks, known_to_leave_modules_alone
 
 _ATTRIBUTE = "_tgate"
 _PLAIN_CLASS = "_tgate_plain_class"
@@ -119,6 +119,7 @@ class Gated:
             self._check_pipeline(pipe)
             run = self.run = Run(pipe, self, schedule, bound("guidance_scale"))
             if self.compiled is not None:
+                check_no_global_hooks()
                 calls_back = bound("callback_on_step_end") is not None or bound("callback") is not None
                 self.compiled.begin(trusted=not calls_back and known_to_leave_modules_alone(pipe, self.denoiser))
             try:

@@ -257,7 +257,8 @@ def split(denoiser: nn.Module) -> tuple[Callable[..., Any], Callable[..., Any]]:
         cross-attentions' outputs in the order of `sites`; each is [rows, tokens, channels], for whichever rows the
         batch has. ``post(cache, *args, **kwargs) -> output``: the denoiser with these outputs instead of its
         cross-attentions. To go on with one branch of a guidance batch, T-GATE gives ``post`` the mean of each cached
-        tensor's two halves, and one half of every other input.
+        tensor's two halves, and one half of every other input. Called from several threads they take turns; once you
+        have compiled them, call them from one thread at a time.
 
     Raises:
         UnsupportedError: the denoiser has no cross-attention, or is compiled already.
@@ -266,4 +267,4 @@ def split(denoiser: nn.Module) -> tuple[Callable[..., Any], Callable[..., Any]]:
         raise UnsupportedError(f"split was given a {type(denoiser).__name__}: expected a denoiser, such as pipe.unet.")
     families.check_not_compiled("denoiser", denoiser)
     dispatch = Dispatch.install(denoiser, SPLIT)
-    return split_functions(dispatch.sites, dispatch.inner)
+    return split_functions(dispatch.sites, dispatch.inner, dispatch.lock)

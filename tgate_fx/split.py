@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -62,10 +63,22 @@ def phase_function(sites: Sites, forward: Callable[..., Any], roles: Roles, bran
     return run
 
 
-def split(sites: Sites, forward: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The pre-gate and post-gate functions of `tgate_fx.split`."""
-    run_pre = phase_function(sites, forward, Roles(Role.CAPTURE))
-    run_post = phase_function(sites, forward, Roles(Role.REUSE))
+def split(
+    sites: Sites, forward: Callable[..., Any], lock: AbstractContextManager[Any]
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The pre-gate and post-gate functions of `tgate_fx.split`; ``lock`` is held while one runs eagerly."""
+
+    def locked(function: PhaseFunction) -> PhaseFunction:
+        def run(cache: Cache, args: Sequence[Any], kwargs: dict[str, Any]) -> PhaseResult:
+            if torch.compiler.is_compiling():
+                return function(cache, args, kwargs)
+            with lock:
+                return function(cache, args, kwargs)
+
+        return run
+
+    run_pre = locked(phase_function(sites, forward, Roles(Role.CAPTURE)))
+    run_post = locked(phase_function(sites, forward, Roles(Role.REUSE)))
     count = len(sites.of_kind(0))
 
     def pre(*args: Any, **kwargs: Any) -> tuple[Any, Sequence[torch.Tensor]]:
