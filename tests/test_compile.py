@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from typing import Any
 
@@ -499,6 +500,38 @@ def test_fingerprint_sees_every_way_to_change_a_weight() -> None:
         assert fingerprint(layer) != before
 
 
+def test_weights_that_change_before_the_first_step_are_noticed(
+    backend: CountingBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Graphs that hold weights are checked where they are used: a call may change weights before its loop begins."""
+    # Dynamo then takes weights as constants, and the backend copies them as inductor does.
+    monkeypatch.setattr(CompileSettings, "freezes", lambda *_: True)
+    pipe = compiled("sd", lambda graph, inputs: backend(copy.deepcopy(graph), inputs))
+    eager = tgate_fx.gate(tiny.make("sd"), gate_step=2)
+    kwargs = {**tiny.inputs("sd"), "num_inference_steps": 5}
+    before = tiny.latents(pipe, **kwargs)
+    checksums: list[nn.Module] = []
+
+    def counted(module: nn.Module) -> object:
+        checksums.append(module)
+        return fingerprint(module)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compiler, "fingerprint", counted)
+        assert torch.equal(tiny.latents(pipe, **kwargs), before)
+    assert len(checksums) == 1
+
+    def write_to(weight: torch.Tensor) -> None:
+        weight.mul_(1.5)
+
+    for each in (pipe, eager):
+        weight = each.unet.conv_in.weight.data
+        each.text_encoder.register_forward_pre_hook(lambda *_, weight=weight: write_to(weight))
+    got = tiny.latents(pipe, **kwargs)
+    assert torch.equal(got, tiny.latents(eager, **kwargs))
+    assert not torch.equal(got, before)
+
+
 FORMS = {
     "channels-last": torch.zeros(3, 4, 5, 6).to(memory_format=torch.channels_last),
     "transposed": torch.zeros(5, 7, dtype=torch.bfloat16).t(),
@@ -517,7 +550,8 @@ def test_fingerprint_reads_weights_of_every_form(form: str) -> None:
     module.register_buffer("weight", FORMS[form])
     before = fingerprint(module)
     assert fingerprint(module) == before
-    FORMS[form].data.select(-1, -1).copy_(torch.tensor(3)) if form != "scalar" else FORMS[form].data.fill_(3)
+    weight = FORMS[form].data
+    (weight.select(-1, -1) if weight.ndim else weight).add_(1)
     assert fingerprint(module) != before
 
 

@@ -153,7 +153,6 @@ class CompiledPhases:
         self._checked = {}
         self._compiled_before = set(self._compiled)
         self.recompiles = 0
-        self._drop_stale()
 
     def __call__(self, step: Step, cache: Cache, inputs: dict[str, Any]) -> PhaseResult:
         """Run one step; see `tgate_fx.dispatch.Phases`."""
@@ -179,7 +178,7 @@ class CompiledPhases:
         latents = first_input(inputs)[1]
         self._device = latents.device
         self._replays = self._settings.replays(self._device)
-        if not self._trusted:
+        if not self._checked:  # the first step of a generation, or every one of a generation that is not trusted
             self._drop_stale()
         variant = self._variants.get(key) or self._new_variant(step, latents)
         before = variant.graphs
@@ -228,7 +227,7 @@ def fingerprint(module: nn.Module) -> tuple[object, ...]:
             marks.append((id(tensor), tensor.data_ptr(), version))
             if not tensor.is_meta:
                 sums.setdefault(tensor.device, []).append(_checksum(tensor.detach()))
-        except (RuntimeError, NotImplementedError, ValueError) as error:
+        except (RuntimeError, ValueError) as error:
             raise UnsupportedError(
                 f"A weight of type {type(tensor).__name__}, {tensor.layout}, {tensor.dtype} cannot be read: expected "
                 "dense weights, for changes to those that a frozen graph holds would go unnoticed. Give "
@@ -244,7 +243,7 @@ def _checksum(tensor: torch.Tensor) -> torch.Tensor:
     """The sum of a tensor's bits, read as integers as wide as fit: int64 [], computed where the tensor is."""
     if tensor.ndim == 4 and not tensor.is_contiguous():
         tensor = tensor.permute(0, 2, 3, 1)  # channels-last: dense in this order
-    # Strided, quantized and complex weights are copied or viewed; the common case reads the memory once.
+    # A weight that is not dense is copied here; all others are read where they are.
     flat = torch.view_as_real(tensor).reshape(-1) if tensor.is_complex() else tensor.reshape(-1)
     aligned = flat.numel() * flat.element_size() % 8 == 0 and flat.storage_offset() * flat.element_size() % 8 == 0
     return flat.view(torch.int64 if aligned else _INTEGERS[flat.element_size()]).sum(dtype=torch.int64)
