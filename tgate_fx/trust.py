@@ -79,28 +79,23 @@ def _is_known_class(cls: type[Any]) -> bool:
 
 def _has_nothing_patched_in(thing: Any) -> bool:
     """Whether no function of unknown origin was put on this object."""
-    return all(map(_is_known_function, vars(thing).values())) if hasattr(thing, "__dict__") else True
+    return all(map(_is_known_function, getattr(thing, "__dict__", {}).values()))
 
 
 def _is_known_function(value: Any) -> bool:
     """Whether a value is no function, or one that was defined in a known package (whatever it says it wraps)."""
-    while not isinstance(value, types.FunctionType):
-        inner = next((getattr(value, name) for name in _INNER.get(type(value), ()) if hasattr(value, name)), None)
-        if inner is None and isinstance(value, Replacement):
-            inner = value.inner
-        if inner is None:
-            return True
-        value = inner
-    return _is_known_name(value.__globals__.get("__name__", ""))
+    while type(value) in _WITHIN or isinstance(value, Replacement):
+        value = getattr(value, _WITHIN.get(type(value), "inner"))
+    return not isinstance(value, types.FunctionType) or _is_known_name(value.__globals__.get("__name__", ""))
 
 
-# What functions hide in, and where.
-_INNER: dict[type[Any], tuple[str, ...]] = {
-    types.MethodType: ("__func__",),
-    functools.partial: ("func",),
-    property: ("fget",),
-    classmethod: ("__func__",),
-    staticmethod: ("__func__",),
+# What a function may be within, and the attribute that has it.
+_WITHIN: dict[type[Any], str] = {
+    types.MethodType: "__func__",
+    functools.partial: "func",
+    property: "fget",
+    classmethod: "__func__",
+    staticmethod: "__func__",
 }
 
 
