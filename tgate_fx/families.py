@@ -37,8 +37,7 @@ LATENTS = ("sample", "hidden_states")
 _BATCHED = frozenset(
     (
         *LATENTS,
-        "encoder_hidden_states",
-        "encoder_attention_mask",
+        *TEXT,
         "attention_mask",
         "timestep_cond",
         # in added_cond_kwargs: SDXL, PixArt

@@ -1,4 +1,4 @@
-"""The one form of a denoiser's inputs that a graph is compiled for."""
+"""The forms of values: the one of a denoiser's inputs that a graph is compiled for, and tensors without contents."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from .families import LATENTS
 
@@ -50,6 +51,11 @@ def _canonical(inputs: Mapping[str, Any], tensors: list[torch.Tensor]) -> tuple[
             form.append((name, id(value)))
         result[name] = value
     return result, tuple(form)
+
+
+def on_meta(value: Any) -> Any:
+    """The same value with every tensor in it as one on the meta device: its form without its contents."""
+    return tree_map_only(torch.Tensor, lambda tensor: torch.empty_like(tensor, device="meta"), value)
 
 
 def memory_format(latents: torch.Tensor) -> torch.memory_format:

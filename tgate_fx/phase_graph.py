@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from .errors import StateError
 from .families import TEXT
-from .forms import canonical
+from .forms import canonical, on_meta
 from .schedule import Step
 from .sites import KINDS, Role, Roles, SiteInfo, Sites
 from .split import Cache, PhaseFunction, phase_function
@@ -39,9 +39,7 @@ class Example(NamedTuple):
 
 def example(step: Step, cache: Cache, inputs: Mapping[str, Any]) -> Example:
     """The example that one step makes."""
-    given = (cache, canonical(inputs)[0])
-    forms = tree_map_only(torch.Tensor, lambda tensor: torch.empty_like(tensor, device="meta"), given)
-    return Example(step.phase, step.roles, *forms)
+    return Example(step.phase, step.roles, *on_meta((cache, canonical(inputs)[0])))
 
 
 @dataclass(frozen=True)

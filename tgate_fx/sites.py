@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from .errors import StateError, UnsupportedError
+from .forms import on_meta
 from .slots import ForwardSlot, Replacement
 
 if TYPE_CHECKING:
@@ -185,9 +186,7 @@ class SkippedSite(Site):
                 torch.Tensor, lambda form: torch.empty_like(form, device=given.device), self._forms[given.shape]
             )
         output = self.inner(*args, **kwargs)
-        self._forms[given.shape] = tree_map_only(
-            torch.Tensor, lambda value: torch.empty_like(value, device="meta"), output
-        )
+        self._forms[given.shape] = on_meta(output)
         return output
 
 
