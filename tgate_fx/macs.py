@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -60,6 +60,11 @@ class Generation:
     branch: int | None = None
     size: int | None = None
 
+    @property
+    def plain(self) -> Generation:
+        """The same with nothing cached."""
+        return replace(self, schedule=Schedule(None), branch=None)
+
 
 def step_costs(generation: Generation) -> list[Cost]:
     """The cost of every step of one image."""
@@ -80,15 +85,15 @@ def image_cost(generation: Generation) -> Cost:
 @functools.cache
 def phase_cost(arch: str, roles: Roles, branch: int | None, rows: int, size: int | None = None) -> Cost:
     """The cost of one step of a phase."""
-    sites, _, inner = _counted(arch, branch)
+    sites, denoiser = _counted(arch, branch)
     inputs = ARCHITECTURES[arch].inputs(rows, size)
     capture = Roles(*[Role.CAPTURE if role is Role.REUSE else Role.LIVE for role in roles])
     with torch.no_grad():
         cache: Cache = ((), (), ())
         if Role.REUSE in roles:
-            cache = phase_function(sites, inner, capture, branch)(cache, (), inputs)[1]
+            cache = phase_function(sites, denoiser.forward, capture, branch)(cache, (), inputs)[1]
         with FlopCounterMode(display=False) as counter, _AttentionProducts() as products:
-            phase_function(sites, inner, roles, branch)(cache, (), inputs)
+            phase_function(sites, denoiser.forward, roles, branch)(cache, (), inputs)
     return Cost(counter.get_total_flops() // 2, products.macs)
 
 
@@ -109,18 +114,17 @@ class _AttentionProducts(TorchFunctionMode):
 
 
 @functools.cache
-def _counted(arch: str, branch: int | None) -> tuple[Sites, torch.nn.Module, Any]:
+def _counted(arch: str, branch: int | None) -> tuple[Sites, torch.nn.Module]:
     denoiser = ARCHITECTURES[arch].build()
-    inner = denoiser.forward
     sites = Sites(denoiser)
     if branch is not None:
         sites.add_deep_branch(branch, find_deep_branch(denoiser, branch))
-    return sites, denoiser, inner
+    return sites, denoiser
 
 
 def parameters(arch: str) -> tuple[int, int]:
     """How many parameters the denoiser has, and how many without its cross-attentions, which no gated step reads."""
-    sites, denoiser, _ = _counted(arch, None)
+    sites, denoiser = _counted(arch, None)
     total = sum(parameter.numel() for parameter in denoiser.parameters())
     cached = sum(
         parameter.numel() for site in sites.of_kind(0) for parameter in denoiser.get_submodule(site.name).parameters()

@@ -69,11 +69,10 @@ def row(variant: str, generation: Generation) -> dict[str, Any]:
 
     Returns:
         ``macs`` of convolutions and linear layers, ``macs_with_attention``, ``params`` that the gated steps read (all
-        if none is gated), and ``limit``: how many times the multiply-adds of the same run with nothing cached this is,
-        attention included, and so the most that it can be faster.
+        if none is gated), and ``limit``: the multiply-adds of the same run with nothing cached over these, attention
+        included, and so the most that it can be faster.
     """
     cost = image_cost(generation)
-    plain = Generation(generation.arch, generation.steps, _UNGATED, generation.guided, size=generation.size)
     total, without = parameters(generation.arch)
     return {
         "model": ARCHITECTURES[generation.arch].title,
@@ -81,7 +80,7 @@ def row(variant: str, generation: Generation) -> dict[str, Any]:
         "macs": cost.layers,
         "params": total if generation.schedule.gate_step is None else without,
         "macs_with_attention": cost.total,
-        "limit": image_cost(plain).total / cost.total,
+        "limit": image_cost(generation.plain).total / cost.total,
     }
 
 
@@ -102,8 +101,7 @@ def schedule_rows(generation: Generation) -> list[dict[str, Any]]:
         }
         for phase, costs in phases.items()
     ]
-    plain = Generation(generation.arch, generation.steps, _UNGATED, generation.guided, size=generation.size)
-    whole = [row("the image, nothing cached", plain), row("the image", generation)]
+    whole = [row("the image, nothing cached", generation.plain), row("the image", generation)]
     return [*rows, *[each | {"steps": generation.steps} for each in whole]]
 
 
