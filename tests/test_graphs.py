@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import tgate_fx
 from tests import tiny
@@ -16,33 +16,25 @@ from tgate_fx.gated import Gated
 
 def generated(family: str, **settings: Any) -> Any:
     """A gated pipeline after a generation of eight steps."""
-    pipe = tgate_fx.gate(tiny.svd() if family == "svd" else tiny.make(family), **{"gate_step": 2, **settings})
-    inputs = tiny.svd_inputs() if family == "svd" else tiny.inputs(family)
-    tiny.latents(pipe, **inputs, num_inference_steps=8)
+    pipe = tgate_fx.gate(tiny.make(family), **{"gate_step": 2, **settings})
+    tiny.latents(pipe, **tiny.inputs(family), num_inference_steps=8)
     return pipe
-
-
-def random_arguments(pipe: Any, name: str) -> Any:
-    """Random values of the form that a phase was run with: its cache and its inputs."""
-    example = next(each for each in Gated.of(pipe).run.examples.values() if each.name == name)
-    return tree_map_only(torch.Tensor, lambda form: torch.rand(form.shape), (example.cache, example.inputs))
 
 
 @torch.no_grad()
 def check_against_eager(pipe: Any, graph: tgate_fx.PhaseGraph) -> None:
-    """A graph computes what its phase computes eagerly."""
+    """A graph computes what its phase computes eagerly, for random values of the form that the phase was run with."""
     gated = Gated.of(pipe)
-    roles = next(each.roles for each in gated.run.examples.values() if each.name == graph.name)
-    cache, inputs = random_arguments(pipe, graph.name)
+    _, roles, *given = next(each for each in gated.run.examples.values() if each.name == graph.name)
+    cache, inputs = tree_map_only(torch.Tensor, lambda form: torch.rand(form.shape), given)
     expected = gated.phases._function_of(roles)(cache, (), inputs)
-    got = graph.module(cache, inputs)
-    leaves = [torch.utils._pytree.tree_leaves(each) for each in (got, expected)]
+    leaves = [tree_leaves(each) for each in (graph.module(cache, inputs), expected)]
     assert len(leaves[0]) == len(leaves[1]) > 0
     for one, other in zip(*leaves, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", [*tiny.MAKERS, "svd"])
+@pytest.mark.parametrize("family", tiny.EVERY_MAKER)
 def test_graphs_run_and_are_what_they_claim(family: str) -> None:
     pipe = generated(family)
     graphs = tgate_fx.graphs(pipe)

@@ -20,7 +20,6 @@ from tgate_fx.gated import Gated
 from tgate_fx.sites import Role, Roles
 from tgate_fx.split import phase_function
 
-MAKERS = {**tiny.MAKERS, "svd": tiny.svd}
 LOADERS = {
     "sd": "TgateSDLoader",
     "sdxl": "TgateSDXLLoader",
@@ -37,12 +36,8 @@ SETTINGS = [(10, 5, 1, 2), (15, 3, 1, 2), (5, 2, 2, 1), (4, 1, 3, 0)]
 GRAPHS = {(10, 5, 1, 2): 3, (15, 3, 1, 2): 3, (5, 2, 2, 1): 4, (4, 1, 3, 0): 3}
 
 
-def inputs(family: str, prompts: int = 1) -> dict[str, Any]:
-    return tiny.svd_inputs() if family == "svd" else tiny.inputs(family, prompts)
-
-
 def with_scheduler(family: str, scheduler: str | None) -> Any:
-    pipe = MAKERS[family]()
+    pipe = tiny.make(family)
     if scheduler is not None:
         pipe.scheduler = tiny.scheduler(scheduler)
     return pipe
@@ -71,7 +66,7 @@ def names(setting: tuple[int, int, int, int]) -> dict[str, int]:
     ],
 )
 def test_self_attention_intervals(family: str, scheduler: str | None, setting: tuple[int, int, int, int]) -> None:
-    kwargs = {**inputs(family, 2), "num_inference_steps": 18}
+    kwargs = {**tiny.inputs(family, 2), "num_inference_steps": 18}
     upstream = getattr(tgate, LOADERS[family])(with_scheduler(family, scheduler))
     expected = final(upstream.tgate, **kwargs, **names(setting))
     pipe = tgate_fx.gate(with_scheduler(family, scheduler), **names(setting))
@@ -83,7 +78,7 @@ def test_self_attention_intervals(family: str, scheduler: str | None, setting: t
 
 
 def test_self_attention_intervals_matter() -> None:
-    kwargs = {**inputs("sd"), "num_inference_steps": 12}
+    kwargs = {**tiny.inputs("sd"), "num_inference_steps": 12}
     results = [
         final(tgate_fx.gate(tiny.sd(), 6, sp_interval=sp, fi_interval=fi), **kwargs)
         for sp, fi in ((1, 1), (3, 1), (1, 3))
@@ -95,15 +90,15 @@ def test_self_attention_intervals_matter() -> None:
 def test_self_attention_intervals_without_guidance_or_for_both_branches(family: str) -> None:
     """Upstream cannot run these; each row must do what it does alone."""
     settings = {"gate_step": 5, "sp_interval": 2, "fi_interval": 3, "num_inference_steps": 11}
-    alone = inputs(family, 1)
-    both = {**inputs(family, 2)}
+    alone = tiny.inputs(family, 1)
+    both = {**tiny.inputs(family, 2)}
     for name, value in alone.items():
         if isinstance(value, torch.Tensor):
             both[name] = torch.cat([value, value])
         elif name == "prompt" and value is not None:
             both[name] = value * 2
     for extra in ({"guidance_scale": 1.0}, {}):
-        pipe = tgate_fx.gate(MAKERS[family](), after_gate="both")
+        pipe = tgate_fx.gate(tiny.make(family), after_gate="both")
         shape = (1, 4, 8, 8)
         latents = torch.randn(shape, generator=torch.Generator().manual_seed(2))
         one = final(pipe, **alone, **settings, **extra, latents=latents)
@@ -138,7 +133,7 @@ def test_what_upstream_calls_the_negative_branch_of_svd_is_the_image() -> None:
 @pytest.mark.parametrize("gate", [1, 2])
 @pytest.mark.parametrize("family", ["sdxl-lcm", "pixart-alpha-lcm"])
 def test_lcm(family: str, gate: int) -> None:
-    kwargs = {**inputs(family, 2), "num_inference_steps": 4, "lcm": True, "gate_step": gate}
+    kwargs = {**tiny.inputs(family, 2), "num_inference_steps": 4, "lcm": True, "gate_step": gate}
     intervals = {"sp_interval": 1, "fi_interval": 1, "warm_up": 0}
     upstream = getattr(tgate, LOADERS[family])(with_scheduler(family, "LCM"))
     pipe = getattr(tgate_fx, LOADERS[family])(with_scheduler(family, "LCM"))
@@ -157,7 +152,7 @@ def test_lcm(family: str, gate: int) -> None:
     ],
 )
 def test_deepcache_alone_equals_the_package(family: str, scheduler: str, branches: Any, interval: int) -> None:
-    kwargs = {**inputs(family, 2), "num_inference_steps": 8}
+    kwargs = {**tiny.inputs(family, 2), "num_inference_steps": 8}
     for branch in branches:
         plain = with_scheduler(family, scheduler)
         helper = DeepCacheSDHelper(pipe=plain)
@@ -182,7 +177,7 @@ def deep_unet() -> dict[str, Any]:
 
 @pytest.mark.parametrize("branch", range(9))
 def test_every_branch_of_a_deeper_unet(branch: int) -> None:
-    kwargs = {**inputs("sd"), "num_inference_steps": 5}
+    kwargs = {**tiny.inputs("sd"), "num_inference_steps": 5}
     plain = tiny.sd(**deep_unet())
     helper = DeepCacheSDHelper(pipe=plain)
     helper.set_params(cache_interval=3, cache_branch_id=branch)
@@ -197,7 +192,7 @@ def test_every_branch_of_a_deeper_unet(branch: int) -> None:
 )
 @pytest.mark.parametrize("family", DEEPCACHE_LOADERS)
 def test_deepcache_with_a_gate(family: str, gate: int, interval: int, branch: int, scheduler: str) -> None:
-    kwargs = {**inputs(family, 2), "num_inference_steps": 9}
+    kwargs = {**tiny.inputs(family, 2), "num_inference_steps": 9}
     settings = {"cache_interval": interval, "cache_branch_id": branch}
     upstream = getattr(tgate, DEEPCACHE_LOADERS[family])(with_scheduler(family, scheduler), **settings)
     expected = final(upstream.tgate, **kwargs, gate_step=gate)
@@ -210,7 +205,7 @@ def test_deepcache_with_a_gate(family: str, gate: int, interval: int, branch: in
 
 def test_deepcache_counts_evaluations_where_the_package_looks_timesteps_up() -> None:
     """PNDM repeats a timestep; the package finds its first place in the list both times, and is one step behind."""
-    kwargs = {**inputs("sd"), "num_inference_steps": 6}
+    kwargs = {**tiny.inputs("sd"), "num_inference_steps": 6}
     plain = with_scheduler("sd", "PNDM")
     helper = DeepCacheSDHelper(pipe=plain)
     helper.set_params(cache_interval=2, cache_branch_id=0)
@@ -224,11 +219,11 @@ def test_deepcache_counts_evaluations_where_the_package_looks_timesteps_up() -> 
 @pytest.mark.parametrize(("family", "branch"), [("sd", 0), ("sd", 1), ("sd", 3), ("sdxl", 3), ("sdxl", 4)])
 def test_freeu_works_on_a_deep_branch_s_tensor_once(family: str, branch: int) -> None:
     """FreeU writes in place into what leaves the deep branch; the package caches what it has written to."""
-    pipe = MAKERS[family]()
+    pipe = tiny.make(family)
     pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
     seen: list[dict[str, Any]] = []
     pipe.unet.register_forward_pre_hook(lambda _, args, given: seen.append(given), with_kwargs=True)
-    final(pipe, **inputs(family), num_inference_steps=1)
+    final(pipe, **tiny.inputs(family), num_inference_steps=1)
     latents = torch.randn(2, 4, 16, 16)
     given = {**seen[0], "sample": latents, "timestep": torch.tensor(500)}
     full = pipe.unet(**given)[0]
@@ -249,7 +244,7 @@ def test_freeu_works_on_a_deep_branch_s_tensor_once(family: str, branch: int) ->
 
 @pytest.mark.parametrize("stance", ["default", "eager_on_recompile"])
 def test_freeu_and_deepcache_compiled(stance: str, backend: CountingBackend) -> None:
-    kwargs = {**inputs("sd"), "num_inference_steps": 5}
+    kwargs = {**tiny.inputs("sd"), "num_inference_steps": 5}
     settings = {"gate_step": 3, "deepcache": tgate_fx.DeepCache(2, 3)}
     eager = tgate_fx.gate(tiny.sd(), **settings)
     pipe = tgate_fx.compile(tiny.sd(), backend=backend, **settings)
@@ -257,7 +252,7 @@ def test_freeu_and_deepcache_compiled(stance: str, backend: CountingBackend) -> 
         each.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
     expected = final(eager, **kwargs)
     if stance == "eager_on_recompile":  # the full steps are compiled by now, the shallow ones are not
-        final(pipe, **inputs("sd"), num_inference_steps=1)
+        final(pipe, **tiny.inputs("sd"), num_inference_steps=1)
     graphs = len(backend.graphs)
     with torch.compiler.set_stance(stance):
         assert torch.equal(final(pipe, **kwargs), expected)
@@ -266,7 +261,7 @@ def test_freeu_and_deepcache_compiled(stance: str, backend: CountingBackend) -> 
 
 def test_deepcache_leaves_nothing_behind() -> None:
     pipe = tiny.sd()
-    kwargs = {**inputs("sd"), "num_inference_steps": 5}
+    kwargs = {**tiny.inputs("sd"), "num_inference_steps": 5}
     expected = final(pipe, **kwargs)
     before = [set(vars(module)) for module in pipe.unet.modules()]
     tgate_fx.gate(pipe, 3, deepcache=tgate_fx.DeepCache(2, 1))
@@ -280,7 +275,7 @@ def test_deepcache_leaves_nothing_behind() -> None:
 
 
 def test_pipelines_that_share_a_unet_may_have_different_deep_branches() -> None:
-    kwargs = {**inputs("sd"), "num_inference_steps": 6}
+    kwargs = {**tiny.inputs("sd"), "num_inference_steps": 6}
     first = tgate_fx.gate(tiny.sd(), 4, deepcache=tgate_fx.DeepCache(3, 0))
     second = type(tiny.sd())(**first.components, requires_safety_checker=False)
     second.set_progress_bar_config(disable=True)
@@ -319,8 +314,8 @@ def graph_names(graph: torch.fx.GraphModule) -> str:
 def test_compiled_rows_take_a_constant_number_of_graphs(
     family: str, settings: dict[str, Any], graphs: int, backend: CountingBackend
 ) -> None:
-    pipe = tgate_fx.compile(MAKERS[family](), **settings, backend=backend)
-    eager = tgate_fx.gate(MAKERS[family](), **settings)
+    pipe = tgate_fx.compile(tiny.make(family), **settings, backend=backend)
+    eager = tgate_fx.gate(tiny.make(family), **settings)
     steps = 4 if family.endswith("lcm") else 18
     changes: list[dict[str, Any]] = [{}, {}, {"num_inference_steps": steps + 1}]
     if settings["gate_step"] is not None:
@@ -328,7 +323,7 @@ def test_compiled_rows_take_a_constant_number_of_graphs(
     if settings.get("sp_interval", 1) > 1:
         changes[2].update(sp_interval=settings["sp_interval"] + 1, warm_up=1)
     for generation, change in enumerate(changes):
-        kwargs = {**inputs(family), "num_inference_steps": steps, **change}
+        kwargs = {**tiny.inputs(family), "num_inference_steps": steps, **change}
         if "prompt" in kwargs and kwargs["prompt"] is not None:
             kwargs["prompt"] = [f"a cat {generation}"]
         got = final(pipe, **kwargs)
@@ -339,7 +334,7 @@ def test_compiled_rows_take_a_constant_number_of_graphs(
 
 def test_a_shallow_graph_has_nothing_of_the_deep_branch(backend: CountingBackend) -> None:
     pipe = tgate_fx.compile(tiny.sd(), 4, deepcache=tgate_fx.DeepCache(2, 1), backend=backend)
-    final(pipe, **inputs("sd"), num_inference_steps=8)
+    final(pipe, **tiny.inputs("sd"), num_inference_steps=8)
     full, shallow, post_full, post_shallow = map(graph_names, backend.graphs)
     for graph in (full, post_full):
         assert "mid_block" in graph
@@ -356,7 +351,7 @@ def test_a_shallow_graph_has_nothing_of_the_deep_branch(backend: CountingBackend
 
 def test_a_reusing_graph_has_no_self_attention(backend: CountingBackend) -> None:
     pipe = tgate_fx.compile(tiny.sd(), 4, sp_interval=2, fi_interval=2, backend=backend)
-    final(pipe, **inputs("sd"), num_inference_steps=8)
+    final(pipe, **tiny.inputs("sd"), num_inference_steps=8)
     phases = dict(zip(("capture", "reuse", "post", "post reuse"), map(graph_names, backend.graphs), strict=True))
     assert {name for name, graph in phases.items() if "attn1" in graph} == {"capture", "post"}
     assert {name for name, graph in phases.items() if "attn2" in graph} == {"capture", "reuse"}
@@ -365,7 +360,7 @@ def test_a_reusing_graph_has_no_self_attention(backend: CountingBackend) -> None
 @pytest.mark.parametrize("enable", ["before", "after"])
 def test_an_enabled_deepcache_helper_is_refused(enable: str) -> None:
     pipe = tiny.sd()
-    kwargs = {**inputs("sd"), "num_inference_steps": 5}
+    kwargs = {**tiny.inputs("sd"), "num_inference_steps": 5}
     helper = DeepCacheSDHelper(pipe=pipe)
     helper.set_params(cache_interval=4, cache_branch_id=1)
     message = r"DeepCacheSDHelper is enabled.*expected none.*helper\.disable\(\).*DeepCache\(interval=4, branch=1\)"
@@ -408,13 +403,13 @@ def test_sites_and_report_name_what_is_cached() -> None:
     pipe = tgate_fx.gate(tiny.sd(), 4, deepcache=tgate_fx.DeepCache(2, 0))
     assert [site.kind for site in tgate_fx.sites(pipe)] == ["cross-attention"] * 4 + ["deep branch"]
     assert tgate_fx.sites(pipe)[-1].name == "up_blocks.1.attentions.0"
-    final(pipe, **inputs("sd"), num_inference_steps=7)
+    final(pipe, **tiny.inputs("sd"), num_inference_steps=7)
     phases = [step.phase for step in tgate_fx.report(pipe).steps]
     pre, post = ["pre-gate", "pre-gate, shallow"], ["post-gate", "post-gate, shallow"]
     assert phases == [*pre, pre[0], pre[0], *post, post[0]]
     pipe = tgate_fx.gate(tiny.sd(), 4, sp_interval=2)
     assert [site.kind for site in tgate_fx.sites(pipe)].count("self-attention") == 4
-    final(pipe, **inputs("sd"), num_inference_steps=5)
+    final(pipe, **tiny.inputs("sd"), num_inference_steps=5)
     assert tgate_fx.report(pipe).steps[1].phase == "pre-gate, self-attention reused"
 
 
@@ -427,12 +422,12 @@ def test_sites_and_report_name_what_is_cached() -> None:
     ],
 )
 def test_loaders_have_upstreams_defaults(loader: str, family: str) -> None:
-    upstream = getattr(tgate, loader.replace("PixArtLoader", "PixArtAlphaLoader"))(MAKERS[family]())
+    upstream = getattr(tgate, loader.replace("PixArtLoader", "PixArtAlphaLoader"))(tiny.make(family))
     defaults = inspect.signature(upstream.tgate).parameters
-    kwargs = {**inputs(family), "num_inference_steps": 12}
+    kwargs = {**tiny.inputs(family), "num_inference_steps": 12}
     explicit = {name: defaults[name].default for name in ("gate_step", "sp_interval", "fi_interval", "warm_up")}
     lcm = {"lcm": True} if family.endswith("lcm") else {}
-    pipe = getattr(tgate_fx, loader)(MAKERS[family]())
+    pipe = getattr(tgate_fx, loader)(tiny.make(family))
     assert getattr(tgate_fx.loaders, loader) is getattr(tgate_fx, loader)
     expected = final(upstream.tgate, **kwargs, **lcm)
     assert torch.equal(final(pipe.tgate, **kwargs, **lcm), expected)
@@ -440,7 +435,7 @@ def test_loaders_have_upstreams_defaults(loader: str, family: str) -> None:
 
 
 def test_loaders_in_the_documented_form() -> None:
-    kwargs = {**inputs("sd"), "output_type": "np"}
+    kwargs = {**tiny.inputs("sd"), "output_type": "np"}
     results = []
     for module in (tgate, tgate_fx):
         pipe = module.TgateSDLoader(tiny.sd(), gate_step=8, num_inference_steps=12).to("cpu")
@@ -453,7 +448,7 @@ def test_loaders_in_the_documented_form() -> None:
 
 def test_a_loaders_keywords_are_defaults() -> None:
     """Upstream takes and ignores them."""
-    kwargs = inputs("sd")
+    kwargs = tiny.inputs("sd")
     pipe = tgate_fx.TgateSDLoader(tiny.sd(), gate_step=3, num_inference_steps=7)
     final(pipe.tgate, **kwargs)
     assert tgate_fx.report(pipe).gate == 3
@@ -462,7 +457,7 @@ def test_a_loaders_keywords_are_defaults() -> None:
 
 def test_upstreams_forwards_stay_and_ours_do_not() -> None:
     """After upstream's `tgate` a plain call of the pipeline reads stale caches; here it is untouched."""
-    kwargs = {**inputs("sd"), "num_inference_steps": 6}
+    kwargs = {**tiny.inputs("sd"), "num_inference_steps": 6}
     expected = final(tiny.sd(), **kwargs)
     upstream = tgate.TgateSDLoader(tiny.sd())
     final(upstream.tgate, **kwargs, gate_step=3)

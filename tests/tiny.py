@@ -280,12 +280,18 @@ MAKERS: dict[str, Callable[..., Any]] = {
 }
 
 
+# The pipeline whose inputs are no text, besides.
+EVERY_MAKER = {**MAKERS, "svd": svd}
+
+
 def make(family: str, seed: int = 0) -> Any:
-    return MAKERS[family](seed=seed)
+    return EVERY_MAKER[family](seed=seed)
 
 
 def inputs(family: str, prompts: int = 1) -> dict[str, Any]:
     """What a call of this family's pipeline needs, beside the number of steps."""
+    if family == "svd":
+        return svd_inputs()
     if family.startswith("pixart"):
         return {**pixart_inputs(prompts), **({"guidance_scale": 0.0} if family.endswith("lcm") else {})}
     result = text_inputs(prompts)
