@@ -27,7 +27,8 @@ def load_classifier() -> Classifier:
 @torch.no_grad()
 def read(classifier: Classifier, pictures: torch.Tensor) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """The features [N, 128] and, for every attribute, the index of the answer [N], of pictures in [-1, 1]."""
-    features = classifier.features(pictures.contiguous(memory_format=torch.channels_last))
+    parts = pictures.contiguous(memory_format=torch.channels_last).split(500)  # the first layers take much memory
+    features = torch.cat([classifier.features(part) for part in parts])
     answers = {
         name: head(features).argmax(1).numpy() for name, head in zip(classifier.answers, classifier.heads, strict=True)
     }

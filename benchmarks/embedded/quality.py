@@ -200,8 +200,7 @@ def _standard_error(right: np.ndarray) -> float:
 
 
 def _drawn_features(classifier: Any, count: int, *, seed: int) -> np.ndarray:
-    drawn = pictures(scenes(count, seed=seed, held_out=True), seed)
-    return np.concatenate([read(classifier, normalised(part))[0] for part in drawn.split(500)])
+    return read(classifier, normalised(pictures(scenes(count, seed=seed, held_out=True), seed)))[0]
 
 
 def _processor() -> str:

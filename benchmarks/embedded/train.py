@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from safetensors.torch import save_file
@@ -31,7 +32,7 @@ from tgate_fx.demo.scenes import Scene, random_scene, scenes
 
 from . import models
 from .data import labels, normalised, pictures
-from .judge import CLASSIFIER_WEIGHTS
+from .judge import CLASSIFIER_WEIGHTS, read, right_answers
 from .training import Plan, read_log, train
 
 _out = click.option("--out", type=click.Path(path_type=Path), required=True, help="Where checkpoints and logs go.")
@@ -59,7 +60,6 @@ def _options(steps: int, batch: int) -> Callable[[Any], Any]:
 @_options(steps=2000, batch=32)
 def autoencoder(out: Path, steps: int, batch: int) -> None:
     """The autoencoder, on drawings of the training scenes."""
-    out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(_SEED)
     module = models.autoencoder().to(memory_format=torch.channels_last)
     drawn = pictures(scenes(20_000, seed=_SEED, held_out=False), _SEED, progress=True)
@@ -142,7 +142,6 @@ def _latents(known: list[Scene], out: Path) -> torch.Tensor:
 @_options(steps=6000, batch=128)
 def classifier(out: Path, steps: int, batch: int) -> None:
     """The classifier, on noisy and blurred drawings of all scenes."""
-    out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(_SEED)
     module = models.Classifier().to(memory_format=torch.channels_last)
     rng = random.Random(_SEED + 2)
@@ -159,14 +158,9 @@ def classifier(out: Path, steps: int, batch: int) -> None:
     trained = train(module, loss_of, Plan(steps, 2e-3, average=0.99), out, "classifier")
     torch.save(trained.state_dict(), out / "classifier.pt")
     held_out = scenes(5000, seed=_SEED + 3, held_out=True)
-    asked = labels(held_out)
-    with torch.no_grad():
-        parts = [trained(normalised(part)) for part in pictures(held_out, 3).split(500)]
-    right = {name: torch.cat([part[name].argmax(1) for part in parts]) == asked[name] for name in asked}
-    share = {name: right[name][asked[name] >= 0].float().mean().item() for name in asked}
-    every = sum(r.sum().item() for r in right.values()) / sum((a >= 0).sum().item() for a in asked.values())
-    print("\n".join(f"{name}: {value:.4f}" for name, value in share.items()))
-    print(f"all attributes of held-out drawings: {every:.4f}")
+    right = right_answers(held_out, read(trained, normalised(pictures(held_out, 3)))[1])
+    print("\n".join(f"{name}: {np.nanmean(values):.4f}" for name, values in right.items()))
+    print(f"all attributes of held-out drawings: {np.nanmean(np.stack(list(right.values()))):.4f}")
 
 
 def _degraded(clean: torch.Tensor, rng: torch.Generator) -> torch.Tensor:

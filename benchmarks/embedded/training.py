@@ -44,6 +44,7 @@ def train(module: nn.Module, loss_of: Callable[[int], torch.Tensor], plan: Plan,
         out: where ``<name>.checkpoint`` and ``<name>.loss.jsonl`` are kept; training resumes from there.
         name: the part's name.
     """
+    out.mkdir(parents=True, exist_ok=True)
     optimizer = torch.optim.AdamW(module.parameters(), plan.rate, betas=(0.9, 0.99), weight_decay=plan.weight_decay)
     average = copy.deepcopy(module).eval().requires_grad_(False)
     checkpoint = out / f"{name}.checkpoint"
