@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -15,7 +15,7 @@ def load() -> StableDiffusionPipeline:
     """A Stable Diffusion pipeline that draws one to three simple objects: 64×64 pixels, float32, on the CPU.
 
     It knows the words of `tgate_fx.demo.scenes` and no others: sizes, colours, shapes, where things are, and the
-    background. `unknown_words` finds the rest of a prompt.
+    background.
     """
     from diffusers import StableDiffusionPipeline
 
@@ -23,8 +23,3 @@ def load() -> StableDiffusionPipeline:
         str(WEIGHTS), local_files_only=True
     )
     return pipe
-
-
-def unknown_words(pipe: Any, prompt: str) -> list[str]:
-    """The words of a prompt that the pipeline's tokenizer does not hold whole, and which it was never trained on."""
-    return [word for word in prompt.split() if len(pipe.tokenizer.tokenize(word.strip(","))) > 1]
