@@ -15,8 +15,9 @@ import tgate_fx
 from tests import tiny
 from tests.conftest import CountingBackend
 from tgate_fx import compiler
-from tgate_fx.compiler import CompileSettings, fingerprint
+from tgate_fx.compiler import CompileSettings
 from tgate_fx.forms import canonical
+from tgate_fx.held import HeldWeights
 
 FAMILIES = list(tiny.MAKERS)
 
@@ -392,7 +393,7 @@ def test_inductor_agrees_with_eager_on_a_transformer_whose_weights_change(monkey
     changed = tiny.latents(eager, **kwargs)
     assert relative_error(changed, before) > 1e-2
     with monkeypatch.context() as patch:
-        patch.setattr(compiler, "fingerprint", lambda _: pipe._tgate.compiled._frozen_weights)
+        patch.setattr(HeldWeights, "changed", lambda _: False)
         assert relative_error(tiny.latents(pipe, **kwargs), before) < 1e-4  # the weights really are in the graphs
     assert relative_error(tiny.latents(pipe, **kwargs), changed) < 1e-4
     assert tgate_fx.report(pipe).recompiles == 2
@@ -473,33 +474,6 @@ def test_canonical_form() -> None:
     assert twice != canonical({"sample": sample, "other": sample.clone()})[1]
 
 
-def test_fingerprint_sees_every_way_to_change_a_weight() -> None:
-    layer = nn.Linear(64, 64)
-    layer.register_buffer("empty", torch.empty(0))
-
-    def write_in_place() -> None:
-        with torch.no_grad():
-            layer.weight.mul_(2)
-
-    def write_past_the_version_counter() -> None:
-        layer.weight.data.add_(0.1)
-
-    def write_one_value() -> None:
-        layer.weight.data[17, 3] += 0.25
-
-    def replace() -> None:
-        layer.bias = nn.Parameter(layer.bias.detach().clone())
-
-    def reformat() -> None:
-        layer.to(torch.bfloat16)
-
-    for change in (write_in_place, write_past_the_version_counter, write_one_value, replace, reformat, write_one_value):
-        before = fingerprint(layer)
-        assert fingerprint(layer) == before
-        change()
-        assert fingerprint(layer) != before
-
-
 def test_weights_that_change_before_the_first_step_are_noticed(
     backend: CountingBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -510,16 +484,17 @@ def test_weights_that_change_before_the_first_step_are_noticed(
     eager = tgate_fx.gate(tiny.make("sd"), gate_step=2)
     kwargs = {**tiny.inputs("sd"), "num_inference_steps": 5}
     before = tiny.latents(pipe, **kwargs)
-    checksums: list[nn.Module] = []
+    checked: list[HeldWeights] = []
 
-    def counted(module: nn.Module) -> object:
-        checksums.append(module)
-        return fingerprint(module)
+    def counted(held: HeldWeights) -> bool:
+        checked.append(held)
+        return changed(held)
 
+    changed = HeldWeights.changed
     with monkeypatch.context() as patch:
-        patch.setattr(compiler, "fingerprint", counted)
+        patch.setattr(HeldWeights, "changed", counted)
         assert torch.equal(tiny.latents(pipe, **kwargs), before)
-    assert len(checksums) == 1
+    assert len(checked) == 1
 
     def write_to(weight: torch.Tensor) -> None:
         weight.mul_(1.5)
@@ -530,33 +505,3 @@ def test_weights_that_change_before_the_first_step_are_noticed(
     got = tiny.latents(pipe, **kwargs)
     assert torch.equal(got, tiny.latents(eager, **kwargs))
     assert not torch.equal(got, before)
-
-
-FORMS = {
-    "channels-last": torch.zeros(3, 4, 5, 6).to(memory_format=torch.channels_last),
-    "transposed": torch.zeros(5, 7, dtype=torch.bfloat16).t(),
-    "odd offset": torch.zeros(9)[1:],
-    "strided": torch.zeros(3, 4)[:, 1::2],
-    "expanded": torch.zeros(3, 1).expand(3, 5),
-    "complex": torch.zeros(3, 3, dtype=torch.complex64),
-    "bytes": torch.zeros(3, dtype=torch.uint8),
-    "scalar": torch.zeros(()),
-}
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_fingerprint_reads_weights_of_every_form(form: str) -> None:
-    module = nn.Module()
-    module.register_buffer("weight", FORMS[form])
-    before = fingerprint(module)
-    assert fingerprint(module) == before
-    weight = FORMS[form].data
-    (weight.select(-1, -1) if weight.ndim else weight).add_(1)
-    assert fingerprint(module) != before
-
-
-def test_a_weight_that_cannot_be_read_is_refused_where_graphs_hold_weights() -> None:
-    module = nn.Module()
-    module.register_buffer("weight", torch.eye(3).to_sparse())
-    with pytest.raises(tgate_fx.UnsupportedError, match=r"torch.sparse_coo.*expected dense weights.*freezing"):
-        fingerprint(module)

@@ -224,6 +224,20 @@ def test_a_gated_denoiser_is_saved_as_weights_only(tmp_path: Path) -> None:
     torch.save(pipe.unet, tmp_path / "unet.pt")
 
 
+def test_a_copied_denoiser_in_another_pipeline_is_restored_whole() -> None:
+    pipe, other = tgate_fx.gate(tiny.sd(), 2), tiny.sd()
+    plain = [set(vars(module)) for module in other.unet.modules()]
+    other.unet = copy.deepcopy(pipe.unet)
+    tgate_fx.gate(other, 2)
+    kwargs = {**tiny.inputs("sd"), "num_inference_steps": 4}
+    assert torch.equal(tiny.latents(other, **kwargs), tiny.latents(pipe, **kwargs))
+    with pytest.raises(tgate_fx.StateError, match="belongs to a gated pipeline"):
+        tgate_fx.restore(other.unet)
+    tgate_fx.restore(other)
+    assert [set(vars(module)) for module in other.unet.modules()] == plain
+    pickle.dumps(other.unet)
+
+
 def test_what_a_call_may_override_is_in_its_signature_and_may_be_passed_on() -> None:
     pipe = tgate_fx.gate(tiny.sd(), 2)
     parameters = inspect.signature(pipe.__call__).parameters

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import sys
 import threading
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from torch import nn
 import tgate_fx
 from tests import tiny
 from tests.conftest import CountingBackend
+from tgate_fx.slots import Replacement
 
 Case = tuple[nn.Module, dict[str, Any]]
 
@@ -218,6 +220,21 @@ def test_a_deep_copy_is_independent() -> None:
     twin_pre, _ = tgate_fx.split(twin)
     assert torch.equal(twin_pre(**inputs, return_dict=False)[0][0], plain)
     assert not torch.equal(pre(**inputs, return_dict=False)[0][0], plain)
+
+
+@torch.no_grad()
+def test_a_copied_part_is_a_plain_module() -> None:
+    denoiser, _ = unet()
+    tgate_fx.split(denoiser)
+    part = copy.deepcopy(denoiser.mid_block)
+    assert not any(isinstance(getattr(module, "forward", None), Replacement) for module in part.modules())
+    hidden, embedding, text = torch.randn(1, 32, 8, 8), torch.randn(1, 64), torch.randn(1, 7, 32)
+    expected = denoiser.mid_block(hidden, embedding, encoder_hidden_states=text)
+    assert torch.equal(part(hidden, embedding, encoder_hidden_states=text), expected)
+    for parameter in denoiser.parameters():
+        parameter.zero_()
+    assert torch.equal(part(hidden, embedding, encoder_hidden_states=text), expected)
+    pickle.dumps(part)
 
 
 def test_sites_are_listed_without_a_gate() -> None:

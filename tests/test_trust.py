@@ -139,6 +139,12 @@ def test_diffusers_own_code_is_trusted(family: str) -> None:
     assert known_to_leave_modules_alone(pipe, tiny.denoiser(pipe))
 
 
+def test_loops_that_were_not_looked_at_are_not_trusted() -> None:
+    """This pipeline turns layers of its denoiser off in the middle of its loop."""
+    pipe = tgate_fx.gate(diffusers.StableDiffusionGLIGENPipeline(**tiny.make("sd").components), gate_step=None)
+    assert not known_to_leave_modules_alone(pipe, pipe.unet)
+
+
 def test_forwards_that_are_not_the_class_s_own_are_not_trusted() -> None:
     pipe = tiny.make("sd")
     block = pipe.unet.mid_block

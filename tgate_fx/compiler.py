@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 import types
 from collections.abc import Callable, Mapping
@@ -14,9 +13,10 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from .errors import CompileError, UnsupportedError
+from .errors import CompileError, TGateError
 from .families import first_input
 from .forms import canonical, memory_format
+from .held import HeldWeights
 from .pruning import PrunedBackend
 from .schedule import Step
 from .sites import Roles
@@ -71,19 +71,21 @@ class _Variant:
     pipelines that shared one would use up each other's share.
     """
 
-    def __init__(self, function: PhaseFunction, phase: str, settings: CompileSettings, latents: torch.Tensor) -> None:
+    def __init__(
+        self, function: PhaseFunction, phase: str, settings: CompileSettings, latents: torch.Tensor, held: HeldWeights
+    ) -> None:
         code = function.__code__.replace(co_name=re.sub(r"\W+", "_", phase))
         self._phase = phase
+        self._freezes = settings.freezes(latents.device)
         self._function = _with_code(function, code)
         self._compiled = torch.compile(
             self._function,
-            backend=PrunedBackend(settings.backend),
+            backend=PrunedBackend(settings.backend, held.hold if self._freezes else None),
             mode=settings.mode,
             options=settings.options_for(latents.device),
             dynamic=bool(settings.dynamic),
             fullgraph=True,
         )
-        self._freezes = settings.freezes(latents.device)
         self.layout = memory_format(latents)
         self.graphs = 0
         self.unguarded: PhaseFunction | None = None
@@ -98,6 +100,9 @@ class _Variant:
             with frozen, with_hook_guards:
                 result: PhaseResult = self._compiled(cache, (), inputs)
         except torch._dynamo.exc.TorchDynamoException as error:
+            refused = getattr(error, "inner_exception", None)
+            if isinstance(refused, TGateError):
+                raise refused from None
             raise CompileError(
                 f"The {self._phase} phase could not be compiled as one graph: {error}\n"
                 "Expected a denoiser that torch.compile takes whole. Remove what breaks the graph (the message above "
@@ -135,7 +140,7 @@ class CompiledPhases:
         self._variants: dict[object, _Variant] = {}
         self._checked: dict[_Variant, object] = {}  # the form of the inputs its guards were last checked with
         self._trusted = False
-        self._frozen_weights: object = None
+        self._held = HeldWeights(denoiser)
         self._device = torch.device("cpu")
         self._replays = False
         self._compiled: set[Roles] = set()
@@ -195,58 +200,20 @@ class CompiledPhases:
         return result
 
     def _new_variant(self, step: Step, latents: torch.Tensor) -> _Variant:
-        return _Variant(self._function_of(step.roles), step.phase, self._settings, latents)
+        return _Variant(self._function_of(step.roles), step.phase, self._settings, latents, self._held)
 
     def _note_compilation(self, roles: Roles, graphs: int) -> None:
         self.graphs += graphs
         if roles in self._compiled_before:
             self.recompiles += graphs
         self._compiled.add(roles)
-        if self._frozen_weights is None and self._settings.freezes(self._device):
-            self._frozen_weights = fingerprint(self._denoiser)
 
     def _drop_stale(self) -> None:
         """Forget graphs that hold weights which the denoiser no longer has."""
-        if self._frozen_weights is not None and fingerprint(self._denoiser) != self._frozen_weights:
+        if self._held.changed():
             self._variants = {}
             self._checked = {}
-            self._frozen_weights = None
-
-
-def fingerprint(module: nn.Module) -> tuple[object, ...]:
-    """Something that changes when a weight of ``module`` is replaced, moved or written to.
-
-    In-place writes through ``.data`` leave no trace on the tensor (LoRA fusing writes so), hence a checksum over the
-    bits of every weight is part of it; for Stable Diffusion 1.5 that takes less than a tenth of a second.
-    """
-    marks: list[object] = []
-    sums: dict[torch.device, list[torch.Tensor]] = {}
-    for tensor in itertools.chain(module.parameters(), module.buffers()):
-        try:
-            version = None if tensor.is_inference() else tensor._version
-            marks.append((id(tensor), tensor.data_ptr(), version))
-            if not tensor.is_meta:
-                sums.setdefault(tensor.device, []).append(_checksum(tensor.detach()))
-        except (RuntimeError, ValueError) as error:
-            raise UnsupportedError(
-                f"A weight of type {type(tensor).__name__}, {tensor.layout}, {tensor.dtype} cannot be read: expected "
-                "dense weights, for changes to those that a frozen graph holds would go unnoticed. Give "
-                'options={"freezing": False} to tgate_fx.compile.'
-            ) from error
-    return (*marks, *[tuple(torch.stack(of_device).tolist()) for of_device in sums.values()])
-
-
-_INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
-
-
-def _checksum(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum of a tensor's bits, read as integers as wide as fit: int64 [], computed where the tensor is."""
-    if tensor.ndim == 4 and not tensor.is_contiguous():
-        tensor = tensor.permute(0, 2, 3, 1)  # channels-last: dense in this order
-    # A weight that is not dense is copied here; all others are read where they are.
-    flat = torch.view_as_real(tensor).reshape(-1) if tensor.is_complex() else tensor.reshape(-1)
-    aligned = flat.numel() * flat.element_size() % 8 == 0 and flat.storage_offset() * flat.element_size() % 8 == 0
-    return flat.view(torch.int64 if aligned else _INTEGERS[flat.element_size()]).sum(dtype=torch.int64)
+            self._held = HeldWeights(self._denoiser)
 
 
 def _with_code(function: PhaseFunction, code: types.CodeType) -> PhaseFunction:

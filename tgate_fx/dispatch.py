@@ -23,8 +23,9 @@ from .split import Cache, PhaseFunction, PhaseResult
 
 _ATTRIBUTE = "_tgate_dispatch"
 
-# The owner of a dispatch that `tgate_fx.split` has installed.
+# The owner of a dispatch that `tgate_fx.split` has installed, and of one that came with a copy of its denoiser.
 SPLIT = "split"
+COPIED = "copied"
 
 
 class _Running(threading.local):
@@ -84,7 +85,7 @@ class Dispatch(Replacement):
         sites: the sites of the denoiser.
         parameters: the names of its forward's parameters.
         inner: its own forward.
-        owners: who uses this dispatch: the gates of pipelines, and `SPLIT`.
+        owners: who uses this dispatch: the gates of pipelines, and `SPLIT`; or `COPIED`.
         lock: held while the denoiser runs, since the roles of the sites are shared by all who call it.
     """
 
@@ -118,12 +119,13 @@ class Dispatch(Replacement):
         if dispatch is None:
             dispatch = cls(denoiser)
             setattr(denoiser, _ATTRIBUTE, dispatch)
+        dispatch.owners.discard(COPIED)
         dispatch.owners.add(owner)
         return dispatch
 
     def release(self, owner: object) -> None:
         """Take the dispatch and the sites off the denoiser, if nobody else uses them."""
-        self.owners.remove(owner)
+        self.owners -= {owner, COPIED}
         if not self.owners:
             self._slot.remove()
             self.sites.remove()
@@ -131,7 +133,7 @@ class Dispatch(Replacement):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Dispatch:
         memo[id(self.lock)] = threading.RLock()
-        memo[id(self.owners)] = {SPLIT}  # no pipeline gates the copy
+        memo[id(self.owners)] = {COPIED}  # no pipeline gates the copy
         return super().__deepcopy__(memo)
 
     @contextmanager

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 from .errors import StateError
 from .families import TEXT
 from .forms import canonical, on_meta
+from .pruning import remove_dead_code
 from .schedule import Step
 from .sites import KINDS, Role, Roles, SiteInfo, Sites
 from .split import Cache, PhaseFunction, phase_function
@@ -161,7 +162,7 @@ def trace(
     for node in list(module.graph.nodes):
         if node.op == "call_function" and node.target is torch.ops.aten._assert_tensor_metadata.default:
             module.graph.erase_node(node)  # it would keep alive what nothing else reads
-    module.graph.eliminate_dead_code(is_impure_node=_has_effect)
+    remove_dead_code(module.graph, _has_effect)
     module.delete_all_unused_submodules()
     module.recompile()
     with_roles = list(zip(sites.sites, sites.assign(of.roles, branch), strict=True))
@@ -176,7 +177,7 @@ def _has_effect(node: torch.fx.Node) -> bool:
     """Whether a node does more than compute its value. (For FX a dropout does, even one that is off.)"""
     if isinstance(node.target, torch._ops.OpOverload):
         return bool(node.target._schema.is_mutable)
-    return bool(node.is_impure())
+    return isinstance(node.target, torch._ops.HigherOrderOperator) or bool(node.is_impure())
 
 
 def _module_of(node: torch.fx.Node) -> str:

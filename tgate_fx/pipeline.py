@@ -11,7 +11,7 @@ from torch import nn
 from . import families
 from .compiler import CompileSettings
 from .deepcache import DeepCache
-from .dispatch import SPLIT, Dispatch
+from .dispatch import COPIED, SPLIT, Dispatch
 from .errors import ArgumentError, StateError, UnsupportedError
 from .gated import Gated
 from .phase_graph import PhaseGraph
@@ -210,7 +210,7 @@ def restore(target: Any) -> None:
         dispatch = Dispatch.of(target)
         if dispatch is None:
             raise StateError(f"This {type(target).__name__} is not split: expected a denoiser given to tgate_fx.split.")
-        if SPLIT not in dispatch.owners:
+        if not dispatch.owners & {SPLIT, COPIED}:
             raise StateError(
                 f"This {type(target).__name__} belongs to a gated pipeline: expected a denoiser given to "
                 "tgate_fx.split. Call tgate_fx.restore(pipe) with the pipeline."

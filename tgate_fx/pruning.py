@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import operator
-import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 
 class PrunedBackend:
@@ -17,20 +18,31 @@ class PrunedBackend:
 
     So the post-gate graph has neither the text nor any parameter that only the text went through (PixArt's caption
     projection), which Dynamo leaves in.
+
+    Args:
+        backend: the backend itself.
+        hold: called, before a graph is compiled, with the tensors that are part of it; None to leave it.
     """
 
-    def __init__(self, backend: str | Callable[..., Any]) -> None:
+    def __init__(
+        self, backend: str | Callable[..., Any], hold: Callable[[Iterable[torch.Tensor]], None] | None = None
+    ) -> None:
         self._backend = backend
+        self._hold = hold
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: list[Any], **kwargs: Any) -> Callable[..., Any]:
         """Compile ``graph``; ``kwargs`` are the mode and options that torch.compile was given."""
-        graph.graph.eliminate_dead_code(is_impure_node=_has_effect)
+        remove_dead_code(graph.graph, _may_have_an_effect)
         placeholders = graph.graph.find_nodes(op="placeholder")
         used = [bool(node.users) for node in placeholders]
         for node, keep in zip(placeholders, used, strict=True):
             if not keep:
                 graph.graph.erase_node(node)
         graph.recompile()
+        if self._hold is not None:
+            read = {str(node.target) for node in graph.graph.find_nodes(op="get_attr")}
+            tensors = itertools.chain(graph.named_parameters(), graph.named_buffers())
+            self._hold([tensor for name, tensor in tensors if name in read])
         compiled = self._compile(graph, list(itertools.compress(inputs, used)), kwargs)
         count = sum(used)
 
@@ -49,23 +61,66 @@ class PrunedBackend:
         return compiled
 
 
-# iadd, imul, ... as methods (__iadd__) and as functions of the operator module, and item assignment.
-_IN_PLACE = {name.strip("_") for name in dir(operator) if name.startswith("__i")} | {"setitem"}
+def remove_dead_code(graph: torch.fx.Graph, may_have_an_effect: Callable[[torch.fx.Node], bool]) -> None:
+    """Take out what is not used, save inputs and what may have an effect.
+
+    FX's own method would do so in the bodies of control flow as well, and there by a rule of its own.
+    """
+    for node in reversed(graph.nodes):
+        if not node.users and not may_have_an_effect(node):
+            graph.erase_node(node)
 
 
-def _has_effect(node: torch.fx.Node) -> bool:
-    """Whether a node does more than compute its value: Dynamo's graphs may still write in place."""
-    if node.op in ("call_method", "call_function"):
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        writes = name.strip("_") in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
-        if writes or "out" in node.kwargs or _argument(node, "inplace"):
-            return True
-    return bool(node.is_impure())
+def _may_have_an_effect(node: torch.fx.Node) -> bool:
+    """Whether a node may do more than compute its value: some do, such as writing in place. In doubt it may."""
+    if node.op == "call_method":
+        return not _only_computes(str(node.target))
+    if node.op != "call_function":
+        return bool(node.is_impure())
+    if node.target in _LAYERS:
+        return bool(_argument(node, "inplace"))
+    name = getattr(node.target, "__name__", "")
+    is_operator = any(getattr(within, name, None) is node.target for within in (torch, torch._C._nn))
+    return "out" in node.kwargs or not (node.target in _ARITHMETIC or (is_operator and _only_computes(name)))
+
+
+_ARITHMETIC = frozenset(
+    vars(operator)[name]
+    for name in (
+        *("getitem", "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "neg", "pos"),
+        *("eq", "ne", "lt", "le", "gt", "ge", "and_", "or_", "xor", "invert"),
+    )
+)
+
+# What text goes through in a denoiser before its cross-attentions, of the functions that are Python.
+_LAYERS = frozenset(
+    vars(functional)[name]
+    for name in (
+        *("silu", "relu", "relu6", "leaky_relu", "elu", "hardswish", "mish", "softmax"),
+        *("layer_norm", "rms_norm", "group_norm", "normalize"),
+    )
+)
+
+# Methods of tensors without an operator of the same name.
+_CONVERSIONS = frozenset(("float", "half", "bfloat16", "double", "int", "long", "bool", "type"))
+
+
+@functools.cache
+def _only_computes(name: str) -> bool:
+    """Whether the ATen operator of this name, in each of its forms, neither writes nor draws random numbers."""
+    packet = getattr(torch.ops.aten, name, None)
+    if packet is None or "batch_norm" in name or "instance_norm" in name:  # these update statistics, undeclared
+        return name in _CONVERSIONS
+    forms = [getattr(packet, form) for form in packet.overloads() if "out" not in form]
+    return not any(
+        form._schema.is_mutable or torch.Tag.nondeterministic_seeded in form.tags or not form._schema.returns
+        for form in forms
+    )
 
 
 def _argument(node: torch.fx.Node, name: str) -> Any:
     """What a node gives to this parameter of its function, by keyword or by position."""
-    if name in node.kwargs or not isinstance(node.target, types.FunctionType):
-        return node.kwargs.get(name)
-    parameters = list(inspect.signature(node.target).parameters)
-    return dict(zip(parameters, node.args, strict=False)).get(name)
+    if name in node.kwargs:
+        return node.kwargs[name]
+    assert callable(node.target)
+    return inspect.signature(node.target).bind_partial(*node.args, **node.kwargs).arguments.get(name)

@@ -7,6 +7,7 @@ REUSE returns the very tensor it is given and computes nothing.
 
 from __future__ import annotations
 
+import copy
 import enum
 import inspect
 import re
@@ -118,6 +119,10 @@ class Site(Replacement):
             self._check_text(args, kwargs)
         return self._capture(self.inner(*args, **kwargs))
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        # A module copied without its denoiser is no site: what it keeps is its own forward.
+        return super().__deepcopy__(memo) if self._sites.within(memo) else copy.deepcopy(self.inner, memo)
+
     def _cached(self) -> Any:
         value = self._sites.values[self._index]
         return value.clone() if self.kind == _DEEP else value
@@ -208,6 +213,10 @@ class Sites:
         self.removed = False
         for name, kind, module in find_sites(denoiser):
             self.sites.append(Site(self, name, kind, module))
+
+    def within(self, memo: dict[int, Any]) -> bool:
+        """Whether the denoiser itself is being copied by the ``copy.deepcopy`` that has this memo."""
+        return id(self._denoiser) in memo
 
     def role(self, index: int) -> Role:
         """What the site with this index does now."""

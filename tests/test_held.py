@@ -1,0 +1,222 @@
+"""Changes of weights that compiled graphs hold are noticed, wherever the weights are kept."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
+from torch import nn
+
+import tgate_fx
+from tests import tiny
+from tests.conftest import CountingBackend
+from tgate_fx.compiler import CompileSettings
+from tgate_fx.held import HeldWeights, checksum
+
+
+def held(module: nn.Module) -> HeldWeights:
+    weights = HeldWeights(module)
+    weights.hold([*module.parameters(), *module.buffers()])
+    assert not weights.changed()
+    return weights
+
+
+def double(layer: nn.Linear) -> None:
+    layer.weight.mul_(2)
+
+
+def write_past_the_version_counter(layer: nn.Linear) -> None:
+    layer.weight.data.add_(0.1)
+
+
+def write_one_value(layer: nn.Linear) -> None:
+    layer.weight.data[17, 3] += 0.25
+
+
+def negate(layer: nn.Linear) -> None:
+    layer.weight.data.neg_()
+
+
+def negate_every_second_value(layer: nn.Linear) -> None:
+    layer.weight.data[:, 1::2].neg_()
+
+
+def swap_rows(layer: nn.Linear) -> None:
+    layer.weight.data[:2] = layer.weight.data[:2].flip(0)
+
+
+def swap_columns(layer: nn.Linear) -> None:
+    layer.weight.data[:, 4:8] = layer.weight.data[:, 4:8].roll(2, 1)
+
+
+def transpose(layer: nn.Linear) -> None:
+    layer.weight.data.copy_(layer.weight.data.t().clone())
+
+
+def replace(layer: nn.Linear) -> None:
+    layer.bias = nn.Parameter(layer.bias.detach().clone())
+
+
+def move(layer: nn.Linear) -> None:
+    layer.weight.data = layer.weight.data.clone()
+
+
+def reformat(layer: nn.Linear) -> None:
+    layer.to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("size", [2, 20, 64, 400], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [
+        double,
+        write_past_the_version_counter,
+        write_one_value,
+        negate,
+        negate_every_second_value,
+        swap_rows,
+        swap_columns,
+        transpose,
+        replace,
+        move,
+        reformat,
+    ],
+)
+@torch.no_grad()
+def test_every_way_to_change_a_weight_is_noticed(change: Callable[[nn.Linear], None], size: int) -> None:
+    if size < 64 and change in (write_one_value, swap_columns):
+        pytest.skip("needs more columns")
+    layer = nn.Linear(size, size)
+    layer.register_buffer("empty", torch.empty(0))
+    weights = held(layer)
+    change(layer)
+    assert weights.changed()
+
+
+def test_nothing_held_never_changes() -> None:
+    layer = nn.Linear(3, 3)
+    weights = HeldWeights(layer)
+    layer.bias = None
+    assert not weights.changed()
+
+
+def test_a_weight_that_is_gone_has_changed() -> None:
+    layer = nn.Linear(3, 3)
+    weights = HeldWeights(layer)
+    weights.hold([torch.ones(3)])
+    assert weights.changed()
+
+
+FORMS = {
+    "channels-last": torch.zeros(3, 4, 5, 6).to(memory_format=torch.channels_last),
+    "transposed": torch.zeros(5, 7, dtype=torch.bfloat16).t(),
+    "odd offset": torch.zeros(9)[1:],
+    "strided": torch.zeros(3, 4)[:, 1::2],
+    "expanded": torch.zeros(3, 1).expand(3, 5),
+    "complex": torch.zeros(3, 3, dtype=torch.complex64),
+    "bytes": torch.zeros(3, dtype=torch.uint8),
+    "scalar": torch.zeros(()),
+    "large": torch.zeros(9, 4097),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_weights_of_every_form_are_read(form: str) -> None:
+    tensor = FORMS[form].clone(memory_format=torch.preserve_format) if form != "expanded" else FORMS[form]
+    before = checksum(tensor)
+    assert checksum(tensor) == before
+    (tensor.select(-1, -1) if tensor.ndim else tensor).add_(1)
+    assert checksum(tensor) != before
+
+
+def test_weights_without_values_have_no_bits() -> None:
+    assert checksum(torch.empty(3, device="meta")) == 0
+
+
+class Wrapped(torch.Tensor):
+    """As quantized weights are: a tensor that gives out no bits of its own."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.Tensor.data_ptr:
+            raise AssertionError("no storage")
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize(
+    "weight", [torch.eye(3).to_sparse(), torch.eye(3).as_subclass(Wrapped)], ids=["sparse", "subclass"]
+)
+def test_a_weight_that_cannot_be_read_is_refused(weight: torch.Tensor) -> None:
+    weights = HeldWeights(nn.Linear(3, 3))
+    with pytest.raises(tgate_fx.UnsupportedError, match=r"A weight of type .*expected dense weights.*freezing"):
+        weights.hold([weight])
+    assert not weights.changed()
+
+
+@pytest.fixture
+def freezing(backend: CountingBackend, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A backend whose graphs hold weights: Dynamo takes these as constants, and it copies them as inductor does."""
+    monkeypatch.setattr(CompileSettings, "freezes", lambda *_: True)
+    return lambda graph, inputs: backend(copy.deepcopy(graph), inputs)
+
+
+class Scaled(AttnProcessor2_0):
+    """A processor that keeps weights which no module lists."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.ones(1)
+        self.layer = nn.Linear(1, 1)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(*args, **kwargs) * self.scale * self.layer.weight
+
+
+def scale_tensor(processor: Scaled) -> None:
+    processor.scale.mul_(2)
+
+
+def scale_layer(processor: Scaled) -> None:
+    processor.layer.weight.data.add_(1)
+
+
+def replace_tensor(processor: Scaled) -> None:
+    processor.scale = torch.full((1,), 3.0)
+
+
+@pytest.mark.parametrize("change", [scale_tensor, scale_layer, replace_tensor])
+def test_weights_that_no_module_lists_are_followed(change: Callable[[Scaled], None], freezing: Any) -> None:
+    processor = Scaled()
+    pipe, eager = tiny.make("sd"), tiny.make("sd")
+    for each in (pipe, eager):
+        each.unet.set_attn_processor(processor)
+    tgate_fx.compile(pipe, gate_step=2, backend=freezing)
+    tgate_fx.gate(eager, gate_step=2)
+    kwargs = {**tiny.inputs("sd"), "num_inference_steps": 4}
+    before = tiny.latents(pipe, **kwargs)
+    assert torch.equal(before, tiny.latents(eager, **kwargs))
+    with torch.no_grad():
+        change(processor)
+    after = tiny.latents(pipe, **kwargs)
+    assert torch.equal(after, tiny.latents(eager, **kwargs))
+    assert not torch.equal(after, before)
+
+
+def test_a_denoiser_with_unreadable_weights_is_refused_before_compiling(
+    backend: CountingBackend, freezing: Any
+) -> None:
+    pipe = tiny.make("sd")
+    kwargs = {**tiny.inputs("sd"), "num_inference_steps": 4}
+    conv = pipe.unet.conv_in
+    conv.weight = nn.Parameter(conv.weight.detach().as_subclass(Wrapped), requires_grad=False)
+    plain = tiny.latents(pipe, **kwargs)
+    tgate_fx.compile(pipe, gate_step=2, backend=freezing)
+    with pytest.raises(tgate_fx.UnsupportedError, match=r"type Wrapped.*freezing"):
+        tiny.latents(pipe, **kwargs)
+    assert backend.graphs == []
+    tgate_fx.restore(pipe)
+    assert torch.equal(tiny.latents(pipe, **kwargs), plain)
