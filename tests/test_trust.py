@@ -141,7 +141,8 @@ def test_diffusers_own_code_is_trusted(family: str) -> None:
 
 def test_loops_that_were_not_looked_at_are_not_trusted() -> None:
     """This pipeline turns layers of its denoiser off in the middle of its loop."""
-    pipe = tgate_fx.gate(diffusers.StableDiffusionGLIGENPipeline(**tiny.make("sd").components), gate_step=None)
+    parts = {name: part for name, part in tiny.make("sd").components.items() if name != "image_encoder"}
+    pipe = tgate_fx.gate(diffusers.StableDiffusionGLIGENPipeline(**parts), gate_step=None)
     assert not known_to_leave_modules_alone(pipe, pipe.unet)
 
 
