@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -62,6 +62,11 @@ class PhaseGraph:
     reused: tuple[SiteInfo, ...]
     skipped: tuple[SiteInfo, ...]
     captured: tuple[SiteInfo, ...]
+    _zeros: Callable[[], tuple[Cache, dict[str, Any]]] = field(repr=False, compare=False)
+
+    def arguments(self) -> tuple[Cache, dict[str, Any]]:
+        """New arguments for ``module``, of the form that it was traced for: every tensor of them all zeros."""
+        return self._zeros()
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -152,11 +157,15 @@ def trace(
     """
     function = phase_function(sites, forward, of.roles, branch)
     device = next(denoiser.parameters()).device
-    with torch.inference_mode(False), torch.no_grad():
-        arguments = tree_map_only(
+
+    def zeros() -> tuple[Cache, dict[str, Any]]:
+        made: tuple[Cache, dict[str, Any]] = tree_map_only(
             torch.Tensor, lambda form: torch.zeros_like(form, device=device), (of.cache, of.inputs)
         )
-        program = torch.export.export(_Phase(denoiser, function), arguments, strict=False)
+        return made
+
+    with torch.inference_mode(False), torch.no_grad():
+        program = torch.export.export(_Phase(denoiser, function), zeros(), strict=False)
     module = program.module(check_guards=False)
     assert isinstance(module, torch.fx.GraphModule)
     for node in list(module.graph.nodes):
@@ -170,7 +179,7 @@ def trace(
         tuple(SiteInfo(site.name, KINDS[site.kind]) for site, role in with_roles if role is wanted)
         for wanted in (Role.REUSE, Role.SKIP, Role.CAPTURE)
     )
-    return PhaseGraph(of.name, module, reused, skipped, captured)
+    return PhaseGraph(of.name, module, reused, skipped, captured, zeros)
 
 
 def _has_effect(node: torch.fx.Node) -> bool:

@@ -92,7 +92,7 @@ class _TextToLatents(nn.Module):
 
 
 @app.command()
-@_options(steps=16_000, batch=64)
+@_options(steps=9000, batch=64)
 @click.option("--compile/--no-compile", "compiled", default=True, help="Train through torch.compile.")
 def denoiser(out: Path, steps: int, batch: int, compiled: bool) -> None:
     """The denoiser and the text encoder, on the autoencoder's latents of the training scenes."""
