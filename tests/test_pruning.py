@@ -107,13 +107,15 @@ def test_the_choice_of_attention_kernels_is_kept(backend: CountingBackend) -> No
 @torch.no_grad()
 def test_random_numbers_are_still_drawn(backend: CountingBackend) -> None:
     def draw(x: torch.Tensor) -> torch.Tensor:
-        functional.dropout(x, 0.5, True)
+        functional.dropout(x, 0.5)
+        functional.dropout(x, p=0.5, training=True)
+        functional.scaled_dot_product_attention(x[None, None], x[None, None], x[None, None], dropout_p=0.5)
         torch.rand_like(x)
         x.bernoulli(0.5)
         return torch.rand_like(x)
 
     compiled = torch.compile(draw, backend=PrunedBackend(backend), fullgraph=True)
-    x = torch.full((64,), 0.5)
+    x = torch.full((8, 8), 0.5)
     torch.manual_seed(1)
     got = compiled(x)
     torch.manual_seed(1)
@@ -133,7 +135,8 @@ class Projected(nn.Module):
         text = self.project(text).view(2, -1, 1).transpose(1, 2).float()
         bias = (1 - mask.to(sample.dtype)) * -10000.0
         _ = text.repeat_interleave(2, dim=0) + bias[:, None]
-        _ = torch.cat([text, text]).chunk(2)[0]
+        deep = functional.interpolate(torch.cat([text, text]).chunk(2)[0], scale_factor=2.0)
+        _ = functional.dropout(functional.scaled_dot_product_attention(deep, deep, deep), 0.5, training=False)
         return sample + 1
 
 

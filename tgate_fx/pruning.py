@@ -79,6 +79,12 @@ def _may_have_an_effect(node: torch.fx.Node) -> bool:
         return bool(node.is_impure())
     if node.target in _LAYERS:
         return bool(_argument(node, "inplace"))
+    if node.target is functional.dropout:
+        return bool(_argument(node, "training") or _argument(node, "inplace"))
+    if node.target is functional.scaled_dot_product_attention:
+        return len(node.args) > 4 or bool(node.kwargs.get("dropout_p"))
+    if node.target is torch._C._log_api_usage_once:  # torch's own statistics
+        return False
     name = getattr(node.target, "__name__", "")
     is_operator = any(getattr(within, name, None) is node.target for within in (torch, torch._C._nn))
     return "out" in node.kwargs or not (node.target in _ARITHMETIC or (is_operator and _only_computes(name)))
@@ -92,12 +98,12 @@ _ARITHMETIC = frozenset(
     )
 )
 
-# What text goes through in a denoiser before its cross-attentions, of the functions that are Python.
+# What text and a deep branch go through in a denoiser, of the functions that are Python.
 _LAYERS = frozenset(
     vars(functional)[name]
     for name in (
         *("silu", "relu", "relu6", "leaky_relu", "elu", "hardswish", "mish", "softmax"),
-        *("layer_norm", "rms_norm", "group_norm", "normalize"),
+        *("layer_norm", "rms_norm", "group_norm", "normalize", "interpolate"),
     )
 )
 
@@ -119,8 +125,8 @@ def _only_computes(name: str) -> bool:
 
 
 def _argument(node: torch.fx.Node, name: str) -> Any:
-    """What a node gives to this parameter of its function, by keyword or by position."""
-    if name in node.kwargs:
-        return node.kwargs[name]
+    """What a node gives to this parameter of its function, by keyword, by position or by default."""
     assert callable(node.target)
-    return inspect.signature(node.target).bind_partial(*node.args, **node.kwargs).arguments.get(name)
+    bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)
+    bound.apply_defaults()
+    return bound.arguments.get(name)

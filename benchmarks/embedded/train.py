@@ -202,7 +202,7 @@ def export(out: Path) -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    pipe.half().save_pretrained(demo.WEIGHTS)
+    pipe.to(torch.float16).save_pretrained(demo.WEIGHTS)
     classifier = torch.load(out / "classifier.pt", weights_only=True)
     halved = {name: value.half() if value.is_floating_point() else value for name, value in classifier.items()}
     save_file({name: value.contiguous() for name, value in halved.items()}, CLASSIFIER_WEIGHTS)
