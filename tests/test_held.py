@@ -34,7 +34,7 @@ def write_past_the_version_counter(layer: nn.Linear) -> None:
 
 
 def write_one_value(layer: nn.Linear) -> None:
-    layer.weight.data[17, 3] += 0.25
+    layer.weight.data[-1, 1] += 0.25
 
 
 def negate(layer: nn.Linear) -> None:
@@ -50,7 +50,7 @@ def swap_rows(layer: nn.Linear) -> None:
 
 
 def swap_columns(layer: nn.Linear) -> None:
-    layer.weight.data[:, 4:8] = layer.weight.data[:, 4:8].roll(2, 1)
+    layer.weight.data[:, -2:] = layer.weight.data[:, -2:].flip(1)
 
 
 def transpose(layer: nn.Linear) -> None:
@@ -88,8 +88,6 @@ def reformat(layer: nn.Linear) -> None:
 )
 @torch.no_grad()
 def test_every_way_to_change_a_weight_is_noticed(change: Callable[[nn.Linear], None], size: int) -> None:
-    if size < 64 and change in (write_one_value, swap_columns):
-        pytest.skip("needs more columns")
     layer = nn.Linear(size, size)
     layer.register_buffer("empty", torch.empty(0))
     weights = held(layer)

@@ -7,6 +7,7 @@ import sys
 import click
 
 from ..errors import TGateError
+from .demo import demo
 from .macs import macs
 
 
@@ -15,6 +16,7 @@ def app() -> None:
     """T-GATE for diffusers pipelines, compiled."""
 
 
+app.add_command(demo)
 app.add_command(macs)
 
 

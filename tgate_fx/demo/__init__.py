@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -19,7 +19,10 @@ def load() -> StableDiffusionPipeline:
     """
     from diffusers import StableDiffusionPipeline
 
-    pipe: StableDiffusionPipeline = StableDiffusionPipeline.from_pretrained(  # type: ignore[no-untyped-call]
+    pipe: Any = StableDiffusionPipeline.from_pretrained(  # type: ignore[no-untyped-call]
         str(WEIGHTS), local_files_only=True
     )
-    return pipe
+    for module in (pipe.text_encoder, pipe.unet, pipe.vae):
+        module.float()  # the weights are stored in half precision
+    loaded: StableDiffusionPipeline = pipe
+    return loaded
