@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 from typing import Any
 
@@ -472,36 +471,3 @@ def test_canonical_form() -> None:
     assert canonical({"sample": sample, "residuals": [sample[0], (sample[1, :2], None)]})[1] != residuals[1]
     twice = canonical({"sample": sample, "other": sample})[1]
     assert twice != canonical({"sample": sample, "other": sample.clone()})[1]
-
-
-def test_weights_that_change_before_the_first_step_are_noticed(
-    backend: CountingBackend, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Graphs that hold weights are checked where they are used: a call may change weights before its loop begins."""
-    # Dynamo then takes weights as constants, and the backend copies them as inductor does.
-    monkeypatch.setattr(CompileSettings, "freezes", lambda *_: True)
-    pipe = compiled("sd", lambda graph, inputs: backend(copy.deepcopy(graph), inputs))
-    eager = tgate_fx.gate(tiny.make("sd"), gate_step=2)
-    kwargs = {**tiny.inputs("sd"), "num_inference_steps": 5}
-    before = tiny.latents(pipe, **kwargs)
-    checked: list[HeldWeights] = []
-
-    def counted(held: HeldWeights) -> bool:
-        checked.append(held)
-        return changed(held)
-
-    changed = HeldWeights.changed
-    with monkeypatch.context() as patch:
-        patch.setattr(HeldWeights, "changed", counted)
-        assert torch.equal(tiny.latents(pipe, **kwargs), before)
-    assert len(checked) == 1
-
-    def write_to(weight: torch.Tensor) -> None:
-        weight.mul_(1.5)
-
-    for each in (pipe, eager):
-        weight = each.unet.conv_in.weight.data
-        each.text_encoder.register_forward_pre_hook(lambda *_, weight=weight: write_to(weight))
-    got = tiny.latents(pipe, **kwargs)
-    assert torch.equal(got, tiny.latents(eager, **kwargs))
-    assert not torch.equal(got, before)

@@ -1,4 +1,4 @@
-"""The embedded pipeline: its scenes, what it draws, what the gate costs it, and the command that shows it."""
+"""The embedded pipeline: its scenes, what judges its pictures, its weights, and the command that shows it."""
 
 from __future__ import annotations
 

@@ -218,3 +218,32 @@ def test_a_denoiser_with_unreadable_weights_is_refused_before_compiling(
     assert backend.graphs == []
     tgate_fx.restore(pipe)
     assert torch.equal(tiny.latents(pipe, **kwargs), plain)
+
+
+def test_weights_that_change_before_the_first_step_are_noticed(freezing: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs that hold weights are checked where they are used: a call may change weights before its loop begins."""
+    pipe = tgate_fx.compile(tiny.make("sd"), gate_step=2, backend=freezing)
+    eager = tgate_fx.gate(tiny.make("sd"), gate_step=2)
+    kwargs = {**tiny.inputs("sd"), "num_inference_steps": 5}
+    before = tiny.latents(pipe, **kwargs)
+    checked: list[HeldWeights] = []
+
+    def counted(held: HeldWeights) -> bool:
+        checked.append(held)
+        return changed(held)
+
+    changed = HeldWeights.changed
+    with monkeypatch.context() as patch:
+        patch.setattr(HeldWeights, "changed", counted)
+        assert torch.equal(tiny.latents(pipe, **kwargs), before)
+    assert len(checked) == 1
+
+    def write_to(weight: torch.Tensor) -> None:
+        weight.mul_(1.5)
+
+    for each in (pipe, eager):
+        weight = each.unet.conv_in.weight.data
+        each.text_encoder.register_forward_pre_hook(lambda *_, weight=weight: write_to(weight))
+    got = tiny.latents(pipe, **kwargs)
+    assert torch.equal(got, tiny.latents(eager, **kwargs))
+    assert not torch.equal(got, before)

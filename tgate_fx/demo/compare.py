@@ -45,7 +45,7 @@ class Column:
 
 def compare(
     prompts: Sequence[str], gates: Sequence[int | float | None], *, steps: int, seed: int, out: Path, compiled: bool
-) -> list[Column]:
+) -> None:
     """Generate every prompt ungated and with each gate, in turn; write the grid to ``out`` and print the times.
 
     Raises:
@@ -77,7 +77,6 @@ def compare(
     grid([column.pictures for column in columns], headings, list(prompts)).save(out)
     console.print(_table(columns, reference))
     console.print(f"{out}: rows are prompts; columns are {', '.join(column.title for column in columns)}.")
-    return columns
 
 
 def _check_words(tokenizer: Any, prompt: str) -> None:
