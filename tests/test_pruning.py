@@ -51,6 +51,12 @@ def instance_statistics(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return x + 1
 
 
+def statistics_without_a_layer(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    torch.batch_norm(x, None, None, y[0], y[1], True, 0.1, 1e-5, False)
+    torch.instance_norm(x.t()[None], None, None, y[2], y[3], True, 0.1, 1e-5, False)
+    return x + 1
+
+
 def renormalized_embedding(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     functional.embedding(torch.tensor([0, 1]), y, max_norm=0.1)
     return x + 1
@@ -73,6 +79,7 @@ EFFECTS = [
     out_argument,
     batch_statistics,
     instance_statistics,
+    statistics_without_a_layer,
     renormalized_embedding,
     condition,
 ]
@@ -105,6 +112,18 @@ def test_the_choice_of_attention_kernels_is_kept(backend: CountingBackend) -> No
 
 
 @torch.no_grad()
+def test_assertions_are_kept(backend: CountingBackend) -> None:
+    def positive(x: torch.Tensor) -> torch.Tensor:
+        torch._assert_async((x > 0).all())
+        return x + 1
+
+    compiled = torch.compile(positive, backend=PrunedBackend(backend), fullgraph=True)
+    assert torch.equal(compiled(torch.ones(3)), torch.full((3,), 2.0))
+    with pytest.raises(RuntimeError, match="nonzero"):
+        compiled(torch.zeros(3))
+
+
+@torch.no_grad()
 def test_random_numbers_are_still_drawn(backend: CountingBackend) -> None:
     def draw(x: torch.Tensor) -> torch.Tensor:
         functional.dropout(x, 0.5)
@@ -132,6 +151,7 @@ class Projected(nn.Module):
         )
 
     def forward(self, sample: torch.Tensor, text: torch.Tensor, mask: torch.Tensor) -> Any:
+        torch._C._log_api_usage_once("tests.projected")
         text = self.project(text).view(2, -1, 1).transpose(1, 2).float()
         bias = (1 - mask.to(sample.dtype)) * -10000.0
         _ = text.repeat_interleave(2, dim=0) + bias[:, None]

@@ -61,12 +61,14 @@ def _mark(tensor: torch.Tensor) -> _Mark:
             "dense weights, for changes to those that a frozen graph holds would go unnoticed. Give "
             'options={"freezing": False} to tgate_fx.compile.'
         )
-    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), checksum(tensor.detach())
+    version = None if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), version, tensor.dtype, tensor.shape, tensor.stride(), checksum(tensor.detach())
 
 
 _INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 _ROW = 1021  # a prime: what repeats in a weight falls on another multiplier in every row
-_MULTIPLIERS = torch.randint(-(2**62), 2**62, (_ROW * 4,), generator=torch.Generator().manual_seed(0))
+# Odd ones lose no bit of a word: whatever changes in one word changes the sum.
+_MULTIPLIERS = torch.randint(-(2**62), 2**62, (_ROW * 4,), generator=torch.Generator().manual_seed(0)) | 1
 
 
 def checksum(tensor: torch.Tensor) -> int:
@@ -88,7 +90,7 @@ def _words(tensor: torch.Tensor) -> torch.Tensor:
     """The bits of a tensor as 64-bit integers, copied only where a weight is not dense or not aligned."""
     if tensor.ndim == 4 and not tensor.is_contiguous():
         tensor = tensor.permute(0, 2, 3, 1)  # channels-last: dense in this order
-    flat = torch.view_as_real(tensor).reshape(-1) if tensor.is_complex() else tensor.reshape(-1)
+    flat = tensor.reshape(-1)
     size = flat.element_size()
     if flat.numel() * size % 8 == 0 and flat.storage_offset() * size % 8 == 0:
         return flat.view(torch.int64)

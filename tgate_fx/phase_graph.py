@@ -186,7 +186,7 @@ def _has_effect(node: torch.fx.Node) -> bool:
     """Whether a node does more than compute its value. (For FX a dropout does, even one that is off.)"""
     if isinstance(node.target, torch._ops.OpOverload):
         return bool(node.target._schema.is_mutable)
-    return isinstance(node.target, torch._ops.HigherOrderOperator) or bool(node.is_impure())
+    return bool(node.is_impure())
 
 
 def _module_of(node: torch.fx.Node) -> str:
