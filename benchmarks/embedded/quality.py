@@ -66,6 +66,17 @@ def _nearness(gate: int) -> int:
     return abs(gate - 10)
 
 
+class Cutoff(SDCFGCutoffCallback):  # type: ignore[misc]
+    """Diffusers' callback for a batch: the original keeps the last prompt alone."""
+
+    def callback_fn(self, pipeline: Any, step_index: int, timestep: Any, callback_kwargs: dict[str, Any]) -> Any:
+        both = callback_kwargs["prompt_embeds"]
+        kept = super().callback_fn(pipeline, step_index, timestep, callback_kwargs)
+        if kept["prompt_embeds"] is not both:
+            kept["prompt_embeds"] = both.chunk(2)[1]
+        return kept
+
+
 class Pipelines:
     """A pipeline for each rule, all with the same weights."""
 
@@ -84,7 +95,7 @@ class Pipelines:
         if point.rule == "cutoff":
             assert point.gate is not None
             # It takes effect after the step with this index: the step `gate` is the first without guidance.
-            how["callback_on_step_end"] = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=point.gate - 1)
+            how["callback_on_step_end"] = Cutoff(cutoff_step_ratio=None, cutoff_step_index=point.gate - 1)
         elif point.gate is not None:
             how["gate_step"] = point.gate
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
