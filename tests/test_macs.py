@@ -52,6 +52,7 @@ def test_limits(arch: str, gate: int, limit: float) -> None:
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_parameters_are_those_of_the_published_models(arch: str) -> None:
     expected = {
+        "demo": (9_064_612, 8_268_772),
         "sd15": (859_520_964, 815_558_404),
         "sd21": (865_910_724, 815_558_404),
         "sdxl": (2_567_463_684, 2_021_793_284),

@@ -102,9 +102,20 @@ _PIXART: dict[str, Any] = {
     "patch_size": 2,
     "norm_eps": 1e-6,
 }
+_DEMO: dict[str, Any] = {
+    "sample_size": 16,
+    "cross_attention_dim": 192,
+    "block_out_channels": (64, 128, 160),
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3,
+    "up_block_types": ("CrossAttnUpBlock2D",) * 3,
+    "layers_per_block": 1,
+    "attention_head_dim": 4,
+    "norm_num_groups": 16,
+}
 _UNET, _PIXART_CLASS = "UNet2DConditionModel", "PixArtTransformer2DModel"
 
 ARCHITECTURES = {
+    "demo": Architecture("the embedded pipeline", _UNET, _DEMO, 32, 192),
     "sd15": Architecture("SD-1.5", _UNET, {"sample_size": 64, "cross_attention_dim": 768}, 77, 768),
     "sd21": Architecture(
         "SD-2.1",

@@ -7,6 +7,7 @@ import sys
 import click
 
 from ..errors import TGateError
+from .bench import bench
 from .demo import demo
 from .macs import macs
 
@@ -16,6 +17,7 @@ def app() -> None:
     """T-GATE for diffusers pipelines, compiled."""
 
 
+app.add_command(bench)
 app.add_command(demo)
 app.add_command(macs)
 

@@ -1,0 +1,63 @@
+"""What figures are measured on."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_PACKAGES = ("torch", "diffusers", "transformers", "tgate_fx", "tgate", "DeepCache", "openvino")
+
+
+def machine() -> dict[str, Any]:
+    """The processor, its threads, and the versions of what is measured."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    flags: set[str] = next((set(line.split()) for line in lines if line.startswith("flags")), set())
+    return {
+        "cpu": next(names, platform.processor()),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "bfloat16_instructions": bool(flags & {"avx512_bf16", "amx_bf16"}),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(memory_gib(), 1),
+        "python": platform.python_version(),
+        "versions": {name: version for name in _PACKAGES if (version := _version(name)) is not None},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def memory_gib() -> float:
+    """All of this machine's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+
+
+def peak_gib() -> float:
+    """The most memory that this process ever had at once."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def gemm_gflops(dtype: torch.dtype, side: int = 2048, rounds: int = 7) -> float:
+    """How many GFLOP/s a product of two square matrices reaches: the median of a few."""
+    left, right = torch.randn(side, side).to(dtype), torch.randn(side, side).to(dtype)
+    seconds = []
+    for _ in range(rounds + 2):
+        started = time.perf_counter()
+        torch.mm(left, right)
+        seconds.append(time.perf_counter() - started)
+    return 2 * side**3 / statistics.median(seconds[2:]) / 1e9

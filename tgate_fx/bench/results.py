@@ -1,0 +1,133 @@
+"""What a race's timings say: rows for JSON, the table and the plots."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from ..architectures import ARCHITECTURES
+from ..macs import Generation, image_cost, step_costs
+from .contenders import CONTENDERS, DEEPCACHE, Contender
+from .machine import machine
+from .race import Outcome, Race
+from .worker import Timing
+from .workload import Workload
+
+
+def results(race: Race, workload: Workload, rounds: int) -> dict[str, Any]:
+    """All of a race, as JSON has it.
+
+    Returns:
+        ``machine``; ``workload``; ``gemm_gflops``, the median of what a 2048-square matrix product reached in every
+        round; and ``rows``: one for each contender and gate step, as `_row` makes them, ``failed`` for those that
+        have none, with the reason.
+    """
+    rows = [
+        _row(outcome, gate, timings, workload, race)
+        for outcome in race.outcomes
+        for gate, timings in outcome.timings.items()
+        if outcome.failure is None
+    ]
+    for row in rows:
+        _compare_with_ungated(row, rows, workload)
+    rows.sort(key=lambda row: row["median"], reverse=True)
+    return {
+        "machine": machine(),
+        "workload": {
+            "model": ARCHITECTURES[workload.arch].title,
+            "arch": workload.arch,
+            "latents": [4, workload.size, workload.size],
+            "steps": workload.steps,
+            "dtype": workload.dtype,
+            "rounds": rounds,
+            "weights": "random",
+        },
+        "gemm_gflops": statistics.median(race.gemm_gflops),
+        "rows": rows,
+        "failed": {outcome.name: outcome.failure for outcome in race.outcomes if outcome.failure is not None},
+    }
+
+
+def _row(
+    outcome: Outcome, gate: int | None, timings: Sequence[Timing], workload: Workload, race: Race
+) -> dict[str, Any]:
+    """One contender at one gate step.
+
+    Returns:
+        ``seconds`` of every image, their ``median`` and ``spread`` (least, most), ``speed_up`` over the eager pipeline
+        that took turns with it, ``step_seconds`` and ``gflops`` by phase (the latter with multiply-adds as two, where
+        it is known what is computed), ``compile_seconds`` (what its first image took longer than its second),
+        ``peak_gib``, ``error`` and what it was measured against, ``graphs`` and ``graph_breaks`` of torch.compile.
+    """
+    contender = CONTENDERS[outcome.name]
+    assert outcome.ready is not None
+    assert outcome.finished is not None
+    seconds = [timing.seconds for timing in timings]
+    baseline = next(other for other in race.outcomes if other.group == outcome.group and other.name == "diffusers")
+    eager = statistics.median(timing.seconds for timing in baseline.timings[None])
+    return {
+        "contender": outcome.name,
+        "title": contender.title,
+        "gate": gate,
+        "group": outcome.group,
+        "seconds": seconds,
+        "median": statistics.median(seconds),
+        "spread": [min(seconds), max(seconds)],
+        "speed_up": eager / statistics.median(seconds),
+        **_by_phase(contender, gate, timings, workload),
+        "compile_seconds": outcome.ready.first_seconds - outcome.ready.second_seconds,
+        "peak_gib": outcome.finished.peak_gib,
+        "error": outcome.error,
+        "reference": contender.reference,
+        "graphs": outcome.finished.graphs,
+        "graph_breaks": outcome.finished.graph_breaks,
+    }
+
+
+def _by_phase(
+    contender: Contender, gate: int | None, timings: Sequence[Timing], workload: Workload
+) -> dict[str, dict[str, float]]:
+    """The mean seconds of a step, and the rate at which it computes: by phase, the median over images."""
+    before = slice(0, gate)
+    phases = {"pre-gate": before} if gate is None else {"pre-gate": before, "post-gate": slice(gate, None)}
+    mean = {
+        phase: statistics.median(statistics.mean(timing.steps[steps]) for timing in timings)
+        for phase, steps in phases.items()
+    }
+    generation = _generation(contender, gate, workload)
+    rates = {}
+    if generation is not None:
+        costs = step_costs(generation)
+        for phase, steps in phases.items():
+            rates[phase] = 2 * statistics.mean(cost.total for cost in costs[steps]) / mean[phase] / 1e9
+    return {"step_seconds": mean, "gflops": rates}
+
+
+def _generation(contender: Contender, gate: int | None, workload: Workload) -> Generation | None:
+    schedule = contender.schedule_at(gate)
+    if schedule is None:
+        return None
+    branch = None if schedule.deep_interval is None else DEEPCACHE.branch
+    return Generation(workload.arch, workload.steps, schedule, branch=branch, size=workload.size)
+
+
+def _compare_with_ungated(row: dict[str, Any], rows: Sequence[dict[str, Any]], workload: Workload) -> None:
+    """Add ``gain``, over the contender with the same compile settings and nothing cached, and what is possible.
+
+    ``limit`` is the multiply-adds of that one over this row's, and ``share_of_limit`` how much of it is reached.
+    ``capture_cost`` is by what share a step before the gate takes longer than that one's. Contenders of different
+    groups are compared by what each is to the eager pipeline of its own group.
+    """
+    contender = CONTENDERS[row["contender"]]
+    ungated = next((other for other in rows if other["contender"] == contender.ungated), None)
+    if ungated is None:
+        return
+    row["gain"] = row["speed_up"] / ungated["speed_up"]
+    generation = _generation(contender, row["gate"], workload)
+    if generation is not None:
+        row["limit"] = image_cost(generation.plain).total / image_cost(generation).total
+        row["share_of_limit"] = row["gain"] / row["limit"]
+        if generation.schedule.deep_interval is None and not generation.schedule.caches_self_attention:
+            eager = ungated["median"] * ungated["speed_up"] / (row["median"] * row["speed_up"])
+            row["capture_cost"] = row["step_seconds"]["pre-gate"] / ungated["step_seconds"]["pre-gate"] * eager - 1

@@ -1,0 +1,121 @@
+"""One contender in a process of its own: it gets ready, and then runs an image whenever it is its turn."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import time
+import traceback
+import warnings
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .contenders import CONTENDERS, Generate
+from .machine import peak_gib
+from .openvino import NotByOpenVINO
+from .workload import Workload
+
+# The image that results are compared by, and that compiles every phase: short, with a gate.
+CHECK_STEPS, CHECK_GATE = 8, 5
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Getting ready is done.
+
+    Attributes:
+        latents: of the short image.
+        first_seconds, second_seconds: it was run twice; the first run includes compiling.
+    """
+
+    latents: np.ndarray[Any, Any]
+    first_seconds: float
+    second_seconds: float
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One image: its seconds, and those of each step."""
+
+    seconds: float
+    steps: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What is known at the end: the most memory at once, and what torch.compile did."""
+
+    peak_gib: float
+    graphs: int
+    graph_breaks: int
+
+
+@dataclass(frozen=True)
+class Failed:
+    """It could not go on; the message says why."""
+
+    message: str
+
+
+@dataclass
+class _Stamps:
+    """When each step of an image ended: when its scheduler was called."""
+
+    times: list[float] = field(default_factory=list)
+
+    def put_on(self, scheduler: type[Any]) -> None:
+        plain = scheduler.step
+
+        @functools.wraps(plain)
+        def step(*args: Any, **kwargs: Any) -> Any:
+            self.times.append(time.perf_counter())
+            return plain(*args, **kwargs)
+
+        scheduler.step = step
+
+
+def work(connection: Connection, name: str, workload: Workload, denoiser: Path, threads: int) -> None:
+    """Send `Ready`; then a `Timing` for every gate step received, and `Finished` for None.
+
+    `Failed` ends it early, and so does a connection that is closed.
+    """
+    torch.set_num_threads(threads)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    try:
+        with torch.no_grad():
+            pipe, stamps = workload.pipeline(denoiser), _Stamps()
+            stamps.put_on(type(pipe.scheduler))
+            generate = CONTENDERS[name].prepare(pipe, workload)
+            first, _ = _timed(generate, CHECK_STEPS, CHECK_GATE, stamps)
+            second, latents = _timed(generate, CHECK_STEPS, CHECK_GATE, stamps)
+            connection.send(Ready(latents.float().numpy(), first.seconds, second.seconds))
+            while (gate := connection.recv()) is not None:
+                connection.send(_timed(generate, workload.steps, gate, stamps)[0])
+            connection.send(_finished())
+    except EOFError:
+        return
+    except (Exception, NotByOpenVINO) as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        connection.send(Failed(f"{type(error).__name__}: {error} ({where.name}, line {where.lineno})"))
+
+
+def _timed(generate: Generate, steps: int, gate: int, stamps: _Stamps) -> tuple[Timing, torch.Tensor]:
+    stamps.times.clear()
+    started = time.perf_counter()
+    latents = generate(steps, gate)
+    seconds = time.perf_counter() - started
+    times = [started, *stamps.times]
+    return Timing(seconds, tuple(after - before for before, after in itertools.pairwise(times))), latents
+
+
+def _finished() -> Finished:
+    counters = torch._dynamo.utils.counters
+    breaks = sum(counters["graph_break"].values())
+    return Finished(peak_gib(), counters["stats"]["unique_graphs"], breaks)

@@ -1,0 +1,84 @@
+"""`tgate-fx bench`."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .options import OutFile
+
+_EXTRA = ("tgate", "DeepCache", "openvino", "matplotlib")
+
+
+@click.command()
+@click.option(
+    "--arch",
+    type=click.Choice(["demo", "sd15", "sd21", "sdxl", "pixart-alpha"]),
+    default="demo",
+    show_default=True,
+    help="The model, with random weights.",
+)
+@click.option("--size", type=click.IntRange(min=8), help="Latents per side, if not the model's own.")
+@click.option("--steps", type=click.IntRange(min=2), default=25, show_default=True, help="Steps of an image.")
+@click.option(
+    "--gate-step",
+    "gates",
+    type=click.IntRange(min=1),
+    multiple=True,
+    default=(10, 5),
+    show_default=True,
+    help="First gated step; repeat it for more rows.",
+)
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
+@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Images of each row.")
+@click.option("--only", "only", multiple=True, help="One contender; repeat it for more. All of them if left out.")
+@click.option("--ladder", is_flag=True, help="Only what shows where the gain comes from, one step after the other.")
+@click.option("--json", "json_out", type=OutFile(), help="Write everything that was measured to this file.")
+@click.option("--plot", "plot_out", type=OutFile(), help="Draw the results into this PNG.")
+def bench(
+    arch: str,
+    size: int | None,
+    steps: int,
+    gates: tuple[int, ...],
+    dtype: str,
+    rounds: int,
+    only: tuple[str, ...],
+    ladder: bool,
+    json_out: Path | None,
+    plot_out: Path | None,
+) -> None:
+    """Time tgate_fx, diffusers and their peers on one model, taking turns; every result is checked first.
+
+    Needs an otherwise idle machine. The denoiser runs as in a pipeline, without text encoder and VAE.
+    """
+    missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
+    if missing:
+        raise click.UsageError(f"This needs {', '.join(missing)}: pip install 'tgate_fx[bench]'.")
+    late = [gate for gate in gates if gate >= steps]
+    if late:
+        raise click.UsageError(f"--gate-step {late[0]} of --steps {steps}: expected less, for a step to be gated.")
+    from ..architectures import ARCHITECTURES
+    from ..bench import plots, tables
+    from ..bench.contenders import CONTENDERS, LADDER, applicable
+    from ..bench.race import race
+    from ..bench.results import results
+    from ..bench.workload import Workload
+
+    unknown = [name for name in only if name not in CONTENDERS]
+    if unknown or (only and ladder):
+        raise click.UsageError(f"--only {' '.join(only)}: expected of {', '.join(CONTENDERS)}, and no --ladder.")
+    names = applicable(only or (LADDER if ladder else tuple(CONTENDERS)), arch)
+    side = size or ARCHITECTURES[arch].config["sample_size"]
+    workload = Workload(arch, side, steps, tuple(dict.fromkeys(gates)), dtype)
+    measured: dict[str, Any] = results(race(names, workload, rounds), workload, rounds)
+    if json_out is not None:
+        json_out.write_text(json.dumps(measured, indent=1) + "\n")
+    if plot_out is not None:
+        plots.plot(measured, plot_out)
+    tables.show(measured)
+    if ladder:
+        tables.show_ladder(measured)
