@@ -21,6 +21,7 @@ Prepare = Callable[[Any, Workload], Generate]
 
 DEEPCACHE = tgate_fx.DeepCache(interval=3, branch=0)
 INTERVALS: dict[str, Any] = {"sp_interval": 5, "fi_interval": 1, "warm_up": 2}
+_NO_INTERVALS: dict[str, Any] = {"sp_interval": 1, "fi_interval": 1, "warm_up": 0}  # not upstream's defaults
 
 _UNGATED = Schedule(None)
 _GATED = Schedule(1)
@@ -39,6 +40,7 @@ class Contender:
         schedule: what it computes, its ``gate_step`` being that of a run; None if no `Schedule` says it.
         takes_gate: whether a run depends on the gate step.
         reference: the contender whose latents its own must agree with; None if it is a reference itself.
+        exact: whether they must be equal, bit for bit.
         ungated: the contender with the same compile settings and nothing cached.
         copies: how often it keeps the weights in memory, besides the file that all processes share.
     """
@@ -50,6 +52,7 @@ class Contender:
     reference: str | None = None
     ungated: str | None = None
     copies: float = 0
+    exact: bool = False
 
     def schedule_at(self, gate: int | None) -> Schedule | None:
         """The schedule of a run with this gate."""
@@ -115,7 +118,7 @@ def _cutoff(**settings: Any) -> Prepare:
 _TGATE_LOADERS = {"sdxl": "TgateSDXLLoader", "pixart-alpha": "TgatePixArtAlphaLoader"}
 
 
-def _tgate(*, compiled: bool = False, deepcache: bool = False, **intervals: Any) -> Prepare:
+def _tgate(*, compiled: bool = False, deepcache: bool = False, intervals: Mapping[str, Any] = _NO_INTERVALS) -> Prepare:
     """Upstream `tgate`."""
 
     def prepare(pipe: Any, workload: Workload) -> Generate:
@@ -197,12 +200,12 @@ CONTENDERS: dict[str, Contender] = {
         "tgate, torch.compile", _tgate(compiled=True), _GATED, True, "tgate", "diffusers-compiled"
     ),
     "tgate-intervals": Contender(
-        "tgate, self-attention every 5", _tgate(**INTERVALS), _GATED_INTERVALS, True, ungated="diffusers"
+        "tgate, self-attention every 5", _tgate(intervals=INTERVALS), _GATED_INTERVALS, True, ungated="diffusers"
     ),
     "tgate-deepcache": Contender(
         "tgate with DeepCache", _tgate(deepcache=True), _GATED_DEEP, True, ungated="diffusers"
     ),
-    "gated": Contender("tgate_fx, eager", _tgate_fx(), _GATED, True, "tgate", "diffusers"),
+    "gated": Contender("tgate_fx, eager", _tgate_fx(), _GATED, True, "tgate", "diffusers", exact=True),
     "gated-intervals": Contender(
         "tgate_fx, eager, self-attention every 5",
         _tgate_fx(**INTERVALS),
@@ -210,6 +213,7 @@ CONTENDERS: dict[str, Contender] = {
         True,
         "tgate-intervals",
         "diffusers",
+        exact=True,
     ),
     "gated-deepcache": Contender(
         "tgate_fx, eager, DeepCache",
@@ -218,6 +222,7 @@ CONTENDERS: dict[str, Contender] = {
         True,
         "tgate-deepcache",
         "diffusers",
+        exact=True,
     ),
     "gated-unfrozen": Contender(
         "tgate_fx, compiled without freezing", _tgate_fx(_UNFROZEN), _GATED, True, "tgate", "diffusers-compiled"
