@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import resource
 import statistics
 import time
 from pathlib import Path
@@ -23,20 +21,14 @@ from diffusers import StableDiffusionPipeline
 
 import tgate_fx
 from benchmarks.architectures import TEXT_ENCODERS, stable_diffusion
+from tgate_fx.bench.machine import peak_gib, processor
 
 PROMPT = "a photograph of an astronaut riding a horse on the moon, highly detailed"
 
 
 def machine() -> dict[str, Any]:
     """What the figures were measured on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
-    return {"cpu": model, "threads": torch.get_num_threads(), "torch": torch.__version__}
-
-
-def peak_gib() -> float:
-    """The most memory that this process ever had, in GiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return {"cpu": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
 def generate(pipe: Any, args: argparse.Namespace, output_type: str) -> tuple[Any, float]:

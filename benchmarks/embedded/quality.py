@@ -12,7 +12,6 @@ guidance at the same step and goes on with the conditional branch.
 from __future__ import annotations
 
 import json
-import platform
 import random
 import statistics
 import time as clock
@@ -29,6 +28,7 @@ from tqdm import tqdm
 
 import tgate_fx
 from tgate_fx import demo
+from tgate_fx.bench.machine import processor
 from tgate_fx.demo.scenes import scenes
 
 from .data import normalised, pictures
@@ -189,7 +189,7 @@ def report(work: Path) -> None:
         "what": "embedded pipeline, held-out captions, one prompt at a time for seconds",
         "steps": STEPS,
         "frechet_floor": frechet_distance(floor, reference),
-        "machine": {"processor": _processor(), "threads": torch.get_num_threads(), "torch": torch.__version__},
+        "machine": {"processor": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__},
         "diffusers": diffusers.__version__,
         "points": rows,
     }
@@ -212,11 +212,6 @@ def _standard_error(right: np.ndarray) -> float:
 
 def _drawn_features(classifier: Any, count: int, *, seed: int) -> np.ndarray:
     return read(classifier, normalised(pictures(scenes(count, seed=seed, held_out=True), seed)))[0]
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _series(rows: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:

@@ -11,8 +11,9 @@ import torch
 
 import tgate_fx
 
+from ..families import find_denoiser
 from ..schedule import Schedule
-from .workload import Workload, denoiser_of
+from .workload import Workload
 
 # Runs an image of some steps, gated at one of them if the contender is gated; returns the final latents.
 Generate = Callable[[int, int], torch.Tensor]
@@ -63,7 +64,7 @@ class Contender:
 
 def _latents(call: Callable[..., Any], workload: Workload, steps: int, **more: Any) -> torch.Tensor:
     result = call(
-        **workload.inputs(),
+        **workload.inputs,
         num_inference_steps=steps,
         generator=torch.Generator().manual_seed(0),
         output_type="latent",
@@ -86,8 +87,8 @@ def _diffusers(**settings: Any) -> Prepare:
 
 
 def _compile_denoiser(pipe: Any, **settings: Any) -> None:
-    name = denoiser_of(pipe)
-    setattr(pipe, name, torch.compile(getattr(pipe, name), **settings))
+    name, denoiser = find_denoiser(pipe)
+    setattr(pipe, name, torch.compile(denoiser, **settings))
 
 
 def _cutoff(**settings: Any) -> Prepare:
@@ -148,7 +149,7 @@ def _openvino(pipe: Any, workload: Workload) -> Generate:
     """Diffusers' own pipeline, its denoiser converted to OpenVINO."""
     from .openvino import convert
 
-    convert(getattr(pipe, denoiser_of(pipe)), workload.dtype)
+    convert(find_denoiser(pipe)[1], workload.dtype)
     return lambda steps, gate: _latents(pipe, workload, steps)
 
 

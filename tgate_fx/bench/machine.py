@@ -19,19 +19,27 @@ _PACKAGES = ("torch", "diffusers", "transformers", "tgate_fx", "tgate", "DeepCac
 
 def machine() -> dict[str, Any]:
     """The processor, its threads, and the versions of what is measured."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    flags: set[str] = next((set(line.split()) for line in lines if line.startswith("flags")), set())
     return {
-        "cpu": next(names, platform.processor()),
+        "cpu": processor(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "bfloat16_instructions": bool(flags & {"avx512_bf16", "amx_bf16"}),
+        "bfloat16_instructions": bool({"avx512_bf16", "amx_bf16"} & set(_cpuinfo("flags").split())),
         "threads": torch.get_num_threads(),
         "memory_gib": round(memory_gib(), 1),
         "python": platform.python_version(),
         "versions": {name: version for name in _PACKAGES if (version := _version(name)) is not None},
     }
+
+
+def processor() -> str:
+    """What the processor calls itself."""
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def _cpuinfo(key: str) -> str:
+    """What Linux says of the first processor under this key; empty if it says nothing."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), "")
 
 
 def _version(package: str) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,8 +20,10 @@ def settings(dtype: str) -> dict[str, Any]:
     """Keywords of torch.compile for OpenVINO's backend; from now on it raises where it would fall back silently."""
     importlib.import_module("openvino.torch")  # registers the backend
     dynamo = "openvino.frontend.pytorch.torchdynamo"
-    for module, function in (("backend", "compile_fx"), ("execute", "openvino_execute")):
-        _forbid_fallback(importlib.import_module(f"{dynamo}.{module}"), function)
+    backend: Any = importlib.import_module(f"{dynamo}.backend")
+    backend.compile_fx = _refuse  # what it compiles with instead of OpenVINO
+    execute: Any = importlib.import_module(f"{dynamo}.execute")
+    execute.openvino_execute = _loud(execute.openvino_execute)
     # Without aot_autograd it fails on these models, with torch 2.13 and by itself too.
     return {"backend": "openvino", "options": {"config": _config(dtype), "aot_autograd": True}}
 
@@ -29,18 +32,18 @@ class NotByOpenVINO(BaseException):
     """A graph that OpenVINO would have left to torch; the backend catches every `Exception`."""
 
 
-def _forbid_fallback(module: Any, function: str) -> None:
-    plain = getattr(module, function)
+def _refuse(*args: Any, **kwargs: Any) -> Any:
+    raise NotByOpenVINO("OpenVINO cannot compile this graph")
 
+
+def _loud(execute: Callable[..., Any]) -> Callable[..., Any]:
     def checked(*args: Any, **kwargs: Any) -> Any:
-        if function == "compile_fx":
-            raise NotByOpenVINO("OpenVINO cannot compile this graph")
         try:
-            return plain(*args, **kwargs)
+            return execute(*args, **kwargs)
         except Exception as error:
             raise NotByOpenVINO(f"OpenVINO cannot run this graph: {error}") from error
 
-    setattr(module, function, checked)
+    return checked
 
 
 def convert(denoiser: nn.Module, dtype: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,13 +14,18 @@ from torch import nn
 
 from ..architectures import ARCHITECTURES
 
-diffusers: Any = importlib.import_module("diffusers")  # without types
 _BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
+def _made(name: str, **parts: Any) -> Any:
+    """An object of one of diffusers' classes, which takes time to import and has no types."""
+    return getattr(importlib.import_module("diffusers"), name)(**parts)
+
+
 def _sd(unet: nn.Module) -> Any:
-    scheduler = diffusers.DDIMScheduler(**_BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
-    return diffusers.StableDiffusionPipeline(
+    scheduler = _made("DDIMScheduler", **_BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    return _made(
+        "StableDiffusionPipeline",
         vae=None,
         text_encoder=None,
         tokenizer=None,
@@ -32,22 +38,23 @@ def _sd(unet: nn.Module) -> Any:
 
 
 def _sdxl(unet: nn.Module) -> Any:
-    return diffusers.StableDiffusionXLPipeline(
+    return _made(
+        "StableDiffusionXLPipeline",
         vae=None,
         text_encoder=None,
         text_encoder_2=None,
         tokenizer=None,
         tokenizer_2=None,
         unet=unet,
-        scheduler=diffusers.EulerDiscreteScheduler(**_BETAS, steps_offset=1),
+        scheduler=_made("EulerDiscreteScheduler", **_BETAS, steps_offset=1),
         add_watermarker=False,
     )
 
 
 def _pixart(transformer: nn.Module) -> Any:
-    scheduler = diffusers.DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02)
-    return diffusers.PixArtAlphaPipeline(
-        tokenizer=None, text_encoder=None, vae=None, transformer=transformer, scheduler=scheduler
+    scheduler = _made("DPMSolverMultistepScheduler", beta_start=0.0001, beta_end=0.02)
+    return _made(
+        "PixArtAlphaPipeline", tokenizer=None, text_encoder=None, vae=None, transformer=transformer, scheduler=scheduler
     )
 
 
@@ -99,6 +106,7 @@ class Workload:
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
+    @functools.cached_property
     def inputs(self) -> dict[str, Any]:
         """What the pipeline is called with: embedded prompts and the image's size."""
         architecture = ARCHITECTURES[self.arch]
@@ -116,8 +124,3 @@ class Workload:
             more = {f"{side}_attention_mask": torch.ones(1, architecture.tokens) for side in sides}
             more |= {"use_resolution_binning": False, "negative_prompt": None}
         return {**text, **more, "height": 8 * self.size, "width": 8 * self.size}
-
-
-def denoiser_of(pipe: Any) -> str:
-    """The attribute that holds the pipeline's denoiser."""
-    return "unet" if hasattr(pipe, "unet") else "transformer"

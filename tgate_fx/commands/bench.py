@@ -9,7 +9,8 @@ from typing import Any
 
 import click
 
-from .options import OutFile
+from ..bench.workload import PIPELINES, Workload
+from .options import OutFile, check_gated
 
 _EXTRA = ("tgate", "DeepCache", "openvino", "matplotlib")
 
@@ -17,7 +18,7 @@ _EXTRA = ("tgate", "DeepCache", "openvino", "matplotlib")
 @click.command()
 @click.option(
     "--arch",
-    type=click.Choice(["demo", "sd15", "sd21", "sdxl", "pixart-alpha"]),
+    type=click.Choice(list(PIPELINES)),
     default="demo",
     show_default=True,
     help="The model, with random weights.",
@@ -58,15 +59,13 @@ def bench(
     missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
     if missing:
         raise click.UsageError(f"This needs {', '.join(missing)}: pip install 'tgate_fx[bench]'.")
-    late = [gate for gate in gates if gate >= steps]
-    if late:
-        raise click.UsageError(f"--gate-step {late[0]} of --steps {steps}: expected less, for a step to be gated.")
+    for gate in gates:
+        check_gated(gate, steps)
     from ..architectures import ARCHITECTURES
     from ..bench import plots, tables
     from ..bench.contenders import CONTENDERS, LADDER, applicable
     from ..bench.race import race
     from ..bench.results import results
-    from ..bench.workload import Workload
 
     unknown = [name for name in only if name not in CONTENDERS]
     if unknown or (only and ladder):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .options import GateStep, OutFile
+from .options import GateStep, OutFile, check_gated
 
 _PROMPTS = (
     "a large red star in the centre on a striped white background",
@@ -36,13 +36,7 @@ def demo(
 ) -> None:
     """Generate pictures with and without the gate, side by side, on the embedded pipeline."""
     for gate in gates:
-        _check_gated(gate, steps)
+        check_gated(gate, steps)
     from ..demo.compare import compare
 
     compare(prompts, gates, steps=steps, seed=seed, out=out, compiled=compiled)
-
-
-def _check_gated(gate: int | float | None, steps: int) -> None:
-    """Raise `click.UsageError` if no step would be gated."""
-    if isinstance(gate, int) and gate >= steps:
-        raise click.UsageError(f"--gate-step {gate} of --steps {steps}: expected less, for a step to be gated.")

@@ -44,3 +44,9 @@ class OutFile(click.Path):
         if not folder.is_dir():
             self.fail(f"{value}: there is no folder {folder} to write to.", param, ctx)
         return path
+
+
+def check_gated(gate: int | float | None, steps: int) -> None:
+    """Raise `click.UsageError` if no step would be gated."""
+    if isinstance(gate, int) and gate >= steps:
+        raise click.UsageError(f"--gate-step {gate} of --steps {steps}: expected less, for a step to be gated.")
