@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import math
 import random
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import tgate_fx
 from benchmarks.embedded import models
 from benchmarks.embedded.data import normalised, pictures
 from benchmarks.embedded.drawing import draw
@@ -19,6 +23,7 @@ from tgate_fx import demo
 from tgate_fx.demo.compare import unknown_words
 from tgate_fx.demo.scenes import Scene, Thing, random_scene, scenes
 
+QUALITY = Path(__file__).parent.parent / "benchmarks" / "results" / "quality.json"
 SCENE = Scene("side by side", (Thing("small", "red", "circle"), Thing("large", "blue", "star")), "pink", "striped")
 
 
@@ -95,6 +100,25 @@ def test_the_weights_are_those_that_the_training_script_describes(pipe: Any) -> 
     assert pipe.tokenizer.get_vocab() == models.tokenizer().get_vocab()
     sizes = [path.stat().st_size for path in demo.WEIGHTS.rglob("*") if path.is_file()]
     assert sum(sizes) < 25e6
+
+
+def test_the_gate_keeps_the_attributes_of_64_captions(pipe: Any) -> None:
+    """Gated at 10 of 25, as many attributes are right as were measured with the gate, and without it."""
+    measured = {(row["rule"], row["gate"]): row for row in json.loads(QUALITY.read_text())["points"]}
+    asked = scenes(64, seed=99, held_out=True)
+    rng = random.Random(99)
+    captions = [scene.caption(rng) for scene in asked]
+    generators = [torch.Generator().manual_seed(seed) for seed in range(64)]
+    tgate_fx.gate(pipe, gate_step=10)
+    try:
+        images = pipe(captions, num_inference_steps=25, generator=generators, output_type="pt").images
+    finally:
+        tgate_fx.restore(pipe)
+    _, answers = read(load_classifier(), images * 2 - 1)
+    right = np.nanmean(np.stack(list(right_answers(asked, answers).values())))
+    for point in (measured["negative", 10], measured["ungated", None]):
+        spread = point["standard_error"] * math.sqrt(point["pictures"] / 64)
+        assert right == pytest.approx(point["accuracy"], abs=3 * spread)
 
 
 def test_words_that_it_does_not_know(pipe: Any) -> None:
