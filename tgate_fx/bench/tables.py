@@ -42,7 +42,15 @@ def show(results: dict[str, Any]) -> None:
 
 def _table(title: str, headings: tuple[str, ...], caption: str = "") -> Table:
     """A table that fits into 80 columns: the first column is text, the others are numbers."""
-    table = Table(title=title, caption=caption, box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(
+        title=title,
+        caption=caption,
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=0,
+        collapse_padding=True,
+    )
     for number, heading in enumerate(headings):
         table.add_column(heading, justify="right" if number else "left", no_wrap=True)
     return table

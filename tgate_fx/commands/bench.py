@@ -12,7 +12,8 @@ import click
 from ..bench.workload import PIPELINES, Workload
 from .options import OutFile, check_gated
 
-_EXTRA = ("tgate", "DeepCache", "openvino", "matplotlib")
+# The packages that contenders of these names need.
+_PACKAGES = {"tgate": "tgate", "deepcache": "DeepCache", "openvino": "openvino"}
 
 
 @click.command()
@@ -56,9 +57,6 @@ def bench(
 
     Needs an otherwise idle machine. The denoiser runs as in a pipeline, without text encoder and VAE.
     """
-    missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
-    if missing:
-        raise click.UsageError(f"This needs {', '.join(missing)}: pip install 'tgate_fx[bench]'.")
     for gate in gates:
         check_gated(gate, steps)
     from ..architectures import ARCHITECTURES
@@ -71,6 +69,12 @@ def bench(
     if unknown or (only and ladder):
         raise click.UsageError(f"--only {' '.join(only)}: expected of {', '.join(CONTENDERS)}, and no --ladder.")
     names = applicable(only or (LADDER if ladder else tuple(CONTENDERS)), arch)
+    run = " ".join([*names, *[str(CONTENDERS[name].reference) for name in names]])
+    needed = {package for part, package in _PACKAGES.items() if part in run}
+    needed |= {"matplotlib"} if plot_out is not None else set()
+    missing = sorted(package for package in needed if importlib.util.find_spec(package) is None)
+    if missing:
+        raise click.UsageError(f"This needs {', '.join(missing)}: pip install 'tgate_fx[bench]'.")
     side = size or ARCHITECTURES[arch].config["sample_size"]
     workload = Workload(arch, side, steps, tuple(dict.fromkeys(gates)), dtype)
     measured: dict[str, Any] = results(race(names, workload, rounds), workload, rounds)

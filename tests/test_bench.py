@@ -1,0 +1,145 @@
+"""The benchmark: who takes part, how contenders share the memory, what is computed from timings, and one short run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.conftest import run
+from tgate_fx.bench import tables
+from tgate_fx.bench.contenders import CONTENDERS, LADDER, applicable
+from tgate_fx.bench.race import Outcome, Race, groups
+from tgate_fx.bench.results import results
+from tgate_fx.bench.worker import Finished, Ready, Timing
+from tgate_fx.bench.workload import Workload
+
+WORKLOAD = Workload("demo", 16, 5, (2,), "float32")
+
+
+def test_every_contender_has_its_reference_and_what_it_is_measured_against() -> None:
+    for contender in CONTENDERS.values():
+        for other in (contender.reference, contender.ungated):
+            assert other is None or other in CONTENDERS
+        if contender.reference is not None:
+            assert CONTENDERS[contender.reference].reference is None
+    assert set(LADDER) <= set(CONTENDERS)
+
+
+def test_transformers_have_no_deep_branch_and_no_callback() -> None:
+    assert applicable(tuple(CONTENDERS), "sd15") == tuple(CONTENDERS)
+    left = applicable(tuple(CONTENDERS), "pixart-alpha")
+    assert "gated-compiled" in left
+    assert not [name for name in left if "deepcache" in name or "cutoff" in name]
+
+
+def test_groups_fit_into_memory_and_hold_the_baseline() -> None:
+    names = tuple(CONTENDERS)
+    made = groups(names, weights_gib=3.0, budget_gib=18.0)
+    assert all(group[0] == "diffusers" for group in made)
+    assert sorted(name for group in made for name in group[1:]) == sorted(set(names) - {"diffusers"})
+    for group in made:
+        needed = 3.0 + sum(1.0 + 3.0 * CONTENDERS[name].copies for name in group)
+        assert needed <= 18.0 or len(group) == 2
+    assert groups(names, 0.01, 100.0) == [
+        made[0][:1] + [name for group in groups(names, 0.01, 100.0) for name in group[1:]]
+    ]
+    assert groups(("diffusers",), 3.0, 18.0) == [["diffusers"]]
+
+
+def outcome(name: str, group: int, steps: tuple[float, ...], *, gate: int | None = None, **extra: Any) -> Outcome:
+    """One that took these seconds a step, in three rounds that differ a little."""
+    timings = [Timing(noise * sum(steps), tuple(noise * step for step in steps)) for noise in (1.0, 1.1, 0.9)]
+    ready = Ready(np.zeros(1), first_seconds=30.0, second_seconds=10.0)
+    return Outcome(name, group, ready, timings={gate: timings}, finished=Finished(2.0, 2, 0), **extra)
+
+
+def test_what_is_computed_from_timings() -> None:
+    """Two groups, the machine being half as fast while the second one ran."""
+    outcomes = [
+        outcome("diffusers", 0, (1.0,) * 5),
+        outcome("diffusers-frozen", 0, (0.8,) * 5),
+        outcome("diffusers", 1, (2.0,) * 5),
+        outcome("gated-compiled", 1, (1.6, 1.6, 0.8, 0.8, 0.8), gate=2, error=1e-6),
+        Outcome("openvino", 1, failure="it broke"),
+    ]
+    measured = results(Race(outcomes, [100.0, 120.0, 110.0]), WORKLOAD, 3)
+    assert measured["gemm_gflops"] == 110.0
+    assert measured["failed"] == {"openvino": "it broke"}
+    assert [row["median"] for row in measured["rows"]] == sorted(
+        (row["median"] for row in measured["rows"]), reverse=True
+    )
+    row = next(row for row in measured["rows"] if row["contender"] == "gated-compiled")
+    assert row["median"] == pytest.approx(5.6)
+    assert row["spread"] == pytest.approx([0.9 * 5.6, 1.1 * 5.6])
+    assert row["speed_up"] == pytest.approx(10 / 5.6)
+    assert row["step_seconds"] == pytest.approx({"pre-gate": 1.6, "post-gate": 0.8})
+    assert row["compile_seconds"] == pytest.approx(20)
+    # Against the one that is frozen too, which ran on the machine when it was twice as fast.
+    assert row["gain"] == pytest.approx((10 / 5.6) / (5 / 4))
+    assert row["share_of_limit"] == pytest.approx(row["gain"] / row["limit"])
+    assert 1 < row["limit"] < 2
+    assert row["capture_cost"] == pytest.approx(0, abs=1e-9)
+    frozen = next(row for row in measured["rows"] if row["contender"] == "diffusers-frozen")
+    assert frozen["speed_up"] == pytest.approx(1.25)
+    # A step after the gate computes one branch, without cross-attention: less than half the multiply-adds.
+    rates = row["gflops"]
+    assert rates["post-gate"] * 0.8 < 0.5 * rates["pre-gate"] * 1.6
+
+
+def test_the_table_fits_into_80_columns(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    outcomes = [
+        outcome(name, 0, (1.0,) * 5, gate=2 if contender.takes_gate else None) for name, contender in CONTENDERS.items()
+    ]
+    measured = results(Race(outcomes, [100.0]), WORKLOAD, 3)
+    tables.show(measured)
+    tables.show_ladder(measured)
+    said = capsys.readouterr().out
+    for name in CONTENDERS:
+        assert name in said
+    assert "…" not in said
+    assert "Where the gain comes from: gate 2" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--only", "nobody"), "--only nobody: expected of diffusers"),
+        (("--only", "gated", "--ladder"), "and no --ladder"),
+        (("--gate-step", "30"), "--gate-step 30"),
+        (("--arch", "sd4"), "'sd4' is not one of"),
+        (("--json", "no/such/folder/x.json"), "there is no folder"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    options: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "bench", *options) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_short_run_checks_times_and_writes_everything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")  # which README's command for the tests does not install
+    out, picture = tmp_path / "bench.json", tmp_path / "bench.png"
+    options = ("--size", "8", "--steps", "4", "--gate-step", "2", "--rounds", "1", "--only", "gated", "--only", "tgate")
+    assert run(monkeypatch, "bench", *options, "--json", out, "--plot", picture) == 0
+    measured = json.loads(out.read_text())
+    assert measured["failed"] == {}
+    rows = {row["contender"]: row for row in measured["rows"]}
+    assert set(rows) == {"diffusers", "gated", "tgate"}
+    assert rows["gated"]["error"] == 0
+    assert rows["gated"]["reference"] == "tgate"
+    assert rows["gated"]["gate"] == 2
+    assert rows["diffusers"]["speed_up"] == 1
+    assert len(rows["gated"]["seconds"]) == 1
+    assert picture.stat().st_size > 1000
+    assert "tgate" in capsys.readouterr().out
