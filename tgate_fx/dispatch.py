@@ -101,7 +101,7 @@ class Dispatch(Replacement):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the denoiser, in place of its ``forward``."""
-        if torch.compiler.is_compiling():  # somebody else's graph around this denoiser
+        if torch.compiler.is_dynamo_compiling():  # somebody else's graph around this denoiser
             return self.inner(*args, **kwargs)
         run = _running.by_dispatch.get(id(self))
         with self.lock:

@@ -70,7 +70,7 @@ def split(
 
     def locked(function: PhaseFunction) -> PhaseFunction:
         def run(cache: Cache, args: Sequence[Any], kwargs: dict[str, Any]) -> PhaseResult:
-            if torch.compiler.is_compiling():
+            if torch.compiler.is_dynamo_compiling():
                 return function(cache, args, kwargs)
             with lock:
                 return function(cache, args, kwargs)
