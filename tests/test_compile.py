@@ -14,9 +14,9 @@ import tgate_fx
 from tests import tiny
 from tests.conftest import CountingBackend
 from tgate_fx import compiler
-from tgate_fx.compiler import CompileSettings
 from tgate_fx.forms import canonical
 from tgate_fx.held import HeldWeights
+from tgate_fx.settings import CompileSettings
 
 FAMILIES = list(tiny.MAKERS)
 
@@ -141,9 +141,10 @@ def test_latents_keep_the_layout_that_a_form_was_compiled_with(backend: Counting
 
 def test_more_shapes_than_the_recompile_limit(backend: CountingBackend) -> None:
     pipe = compiled("pixart-alpha-256", backend)
-    for rows in range(2, 2 + torch._dynamo.config.recompile_limit + 1):
-        tiny.latents(pipe, **{**tiny.inputs("pixart-alpha-256"), "height": 8 * rows}, num_inference_steps=3)
-    assert tgate_fx.report(pipe).compiled_graphs == 2 * (torch._dynamo.config.recompile_limit + 1)
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for rows in range(2, 6):
+            tiny.latents(pipe, **{**tiny.inputs("pixart-alpha-256"), "height": 8 * rows}, num_inference_steps=3)
+    assert tgate_fx.report(pipe).compiled_graphs == 8
 
 
 def test_more_changes_of_a_module_than_the_recompile_limit(backend: CountingBackend) -> None:
@@ -166,13 +167,13 @@ def test_dynamic_shapes_share_one_pair_of_graphs(backend: CountingBackend) -> No
 
 
 def test_pipelines_do_not_share_graphs_or_recompile_limits() -> None:
-    limit = torch._dynamo.config.recompile_limit
-    for _ in range(limit + 1):
-        backend = CountingBackend()
-        pipe = compiled("pixart-alpha-256", backend)
-        for _ in range(2):
-            tiny.latents(pipe, **tiny.inputs("pixart-alpha-256"), num_inference_steps=4)
-        assert len(backend.graphs) == 2
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for _ in range(4):
+            backend = CountingBackend()
+            pipe = compiled("pixart-alpha-256", backend)
+            for _ in range(2):
+                tiny.latents(pipe, **tiny.inputs("pixart-alpha-256"), num_inference_steps=4)
+            assert len(backend.graphs) == 2
 
 
 def test_disabled_runs_the_compiled_pre_gate_graph(backend: CountingBackend) -> None:
@@ -206,13 +207,13 @@ class Calls:
 
     def __init__(self, pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
-        guarded = compiler._Variant.__call__
+        guarded = compiler.Variant.__call__
 
         def counting(variant: Any, *args: Any) -> Any:
             self.count += 1
             return guarded(variant, *args)
 
-        monkeypatch.setattr(compiler._Variant, "__call__", counting)
+        monkeypatch.setattr(compiler.Variant, "__call__", counting)
 
 
 def test_guards_are_checked_once_for_each_phase_of_a_generation(

@@ -14,8 +14,8 @@ from torch import nn
 import tgate_fx
 from tests import tiny
 from tests.conftest import CountingBackend
-from tgate_fx.compiler import CompileSettings
 from tgate_fx.held import HeldWeights, checksum
+from tgate_fx.settings import CompileSettings
 
 
 def held(module: nn.Module) -> HeldWeights:

@@ -60,12 +60,6 @@ def test_mode_and_options_together(pipe: Any) -> None:
     assert type(pipe) is diffusers.StableDiffusionPipeline
 
 
-def test_regional_compilation(pipe: Any) -> None:
-    with pytest.raises(tgate_fx.UnsupportedError, match=says("regional=True", "not supported yet", "compiled whole")):
-        tgate_fx.compile(pipe, regional=True)
-    assert type(pipe) is diffusers.StableDiffusionPipeline
-
-
 def test_gating_twice(pipe: Any) -> None:
     tgate_fx.gate(pipe, 2)
     expected = tiny.latents(pipe, **KWARGS)

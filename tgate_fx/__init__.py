@@ -1,5 +1,6 @@
 """T-GATE for diffusers pipelines: two phases, two graphs, one line."""
 
+from .artifact import load, save
 from .deepcache import DeepCache
 from .errors import ArgumentError, CompileError, StateError, TGateError, UnsupportedError
 from .loaders import (
@@ -16,6 +17,7 @@ from .phase_graph import PhaseGraph
 from .pipeline import compile, disabled, gate, graphs, report, restore, sites, split
 from .report import Report, StepReport
 from .sites import SiteInfo
+from .warming import warmup
 
 __version__ = "0.1.0.dev0"
 
@@ -42,8 +44,11 @@ __all__ = [
     "disabled",
     "gate",
     "graphs",
+    "load",
     "report",
     "restore",
+    "save",
     "sites",
     "split",
+    "warmup",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -43,10 +44,14 @@ class StaticCache:
                 buffer.copy_(tensor)
         return buffers
 
+    def buffers(self) -> list[torch.Tensor]:
+        """All buffers, in the order in which they were allocated."""
+        return list(itertools.chain.from_iterable(self._sets.values()))
+
     @property
     def nbytes(self) -> int:
         """The bytes of all buffers."""
-        return sum(buffer.nbytes for buffers in self._sets.values() for buffer in buffers)
+        return sum(buffer.nbytes for buffer in self.buffers())
 
 
 def _kept_shape(tensor: torch.Tensor, merge: bool) -> tuple[int, ...]:
@@ -57,6 +62,11 @@ def _buffer(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
     # Under inference mode a new tensor could only ever be written under inference mode again.
     with torch.inference_mode(False):
         buffer = torch.empty(shape, dtype=like.dtype, device=like.device)
-    if buffer.is_cuda:
+    if has_cuda_graphs(buffer.device):
         torch._dynamo.mark_static_address(buffer)
     return buffer
+
+
+def has_cuda_graphs(device: torch.device) -> bool:
+    """Whether graphs on this device may be replayed as CUDA graphs."""
+    return device.type == "cuda"

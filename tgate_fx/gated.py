@@ -14,13 +14,16 @@ from torch import nn
 
 from . import families
 from .cache import StaticCache
-from .compiler import CompiledPhases, CompileSettings
+from .compiler import CompiledPhases
 from .deepcache import DeepCache, find_deep_branch
 from .dispatch import Dispatch, EagerPhases, Phases, Run
 from .errors import StateError
+from .packages import PackagedPhases
 from .phase_graph import PhaseGraph, trace
+from .regional import RegionalPhases, add_regions
 from .report import Report
 from .schedule import Schedule
+from .settings import CompileSettings
 from .sites import Roles, Site
 from .split import PhaseFunction, phase_function
 from .trust import check_no_global_hooks, known_to_leave_modules_alone
@@ -59,7 +62,7 @@ class Gated:
         self.attribute, self.denoiser = families.find_denoiser(pipe)
         self.parameters = inspect.signature(type(pipe).__call__).parameters
         families.check_guidance_form(pipe, self.parameters)
-        self._settings = settings
+        self.settings = settings
         self._deep_branch = None if self.branch is None else find_deep_branch(self.denoiser, self.branch)
         self._plain_class = type(pipe)
         base: type[Any] = getattr(self._plain_class, _PLAIN_CLASS, None) or self._plain_class
@@ -74,8 +77,8 @@ class Gated:
         """The gate on this pipeline, if any."""
         return getattr(pipe, "__dict__", {}).get(_ATTRIBUTE)
 
-    def attach(self, pipe: Any) -> None:
-        """Put this gate on its pipeline."""
+    def attach(self, pipe: Any, packaged: PackagedPhases | None = None) -> None:
+        """Put this gate on its pipeline; ``packaged`` runs the phases if they were compiled ahead of time."""
         self.dispatch = dispatch = Dispatch.install(self.denoiser, self)
         if self.branch is not None and self._deep_branch is not None:
             dispatch.sites.add_deep_branch(self.branch, self._deep_branch)
@@ -84,9 +87,16 @@ class Gated:
         def function_of(roles: Roles) -> PhaseFunction:
             return phase_function(dispatch.sites, dispatch.inner, roles, self.branch)
 
-        settings = self._settings
-        self.compiled = None if settings is None else CompiledPhases(function_of, self.denoiser, settings)
-        self.phases: Phases = self.compiled or EagerPhases(function_of, dispatch.inner)
+        self._eager = EagerPhases(function_of, dispatch.inner)
+        self.compiled: CompiledPhases | RegionalPhases | PackagedPhases | None = None
+        if packaged is not None:
+            self.compiled = packaged
+        elif self.settings is not None and self.settings.regional:
+            add_regions(self.denoiser, dispatch.sites)
+            self.compiled = RegionalPhases(function_of, dispatch.sites, self.settings)
+        elif self.settings is not None:
+            self.compiled = CompiledPhases(function_of, self.denoiser, self.settings)
+        self.phases: Phases = self.compiled or self._eager
         self._attributes: list[str] = []
         self.add(pipe, _ATTRIBUTE, self)
         pipe.__class__ = self._gated_class
@@ -135,6 +145,15 @@ class Gated:
                     "tgate_fx.restore(pipe) and gate it again after whatever replaced it."
                 )
             return result
+
+    @contextmanager
+    def eagerly(self) -> Iterator[None]:
+        """While this lasts, the phases run eagerly."""
+        self.phases = self._eager
+        try:
+            yield
+        finally:
+            self.phases = self.compiled or self._eager
 
     @contextmanager
     def _one_at_a_time(self) -> Iterator[None]:

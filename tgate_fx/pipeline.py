@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 from torch import nn
 
 from . import families
-from .compiler import CompileSettings
 from .deepcache import DeepCache
 from .dispatch import COPIED, SPLIT, Dispatch
 from .errors import ArgumentError, StateError, UnsupportedError
@@ -17,6 +16,7 @@ from .gated import Gated
 from .phase_graph import PhaseGraph
 from .report import Report
 from .schedule import Schedule
+from .settings import CompileSettings
 from .sites import KINDS, SiteInfo, find_sites
 from .split import split as split_functions
 
@@ -99,7 +99,9 @@ def compile(
             inductor faster than eager there. Each phase then keeps its own copy of the weights; weights that change
             later are noticed, and compiled again.
         dynamic: True for graphs that serve all shapes; None or False for graphs of each shape.
-        regional: not supported yet; every phase is compiled whole.
+        regional: compile the denoiser's repeated blocks, one graph for all that are alike, and run what is between
+            them eagerly: compiling takes a fraction of the time, and steps are slower than with whole phases.
+            ``freezing`` is then off, since it would bake each block's weights into a graph of its own.
 
     Returns:
         The same pipeline object.
@@ -110,13 +112,8 @@ def compile(
     """
     if mode is not None and options is not None:
         raise ArgumentError(f"mode={mode!r} and options={options!r} were both given: expected one of them.")
-    if regional:
-        raise UnsupportedError(
-            f"regional={regional!r}: compiling repeated blocks is not supported yet, expected False. Leave it out: "
-            "every phase is compiled whole."
-        )
     intervals = {"sp_interval": sp_interval, "fi_interval": fi_interval, "warm_up": warm_up}
-    settings = CompileSettings(backend, mode, dynamic, options)
+    settings = CompileSettings(backend, mode, dynamic, options, regional)
     return _attach(pipe, gate_step, intervals, deepcache, after_gate, settings, unknown)
 
 

@@ -11,7 +11,7 @@ import copy
 import enum
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -24,6 +24,7 @@ from .slots import ForwardSlot, Replacement
 
 if TYPE_CHECKING:
     from .deepcache import DeepBranch
+    from .regional import Region
 
 
 class Role(enum.Enum):
@@ -89,6 +90,24 @@ def find_sites(denoiser: nn.Module) -> list[tuple[str, int, nn.Module]]:
     return found
 
 
+class RoleTable:
+    """What each of some sites does while a phase, or a part of one, runs.
+
+    Attributes:
+        roles: a role for each site, or None at all other times.
+        values: for each site the cached tensor (REUSE) or, once it has run, the captured one (CAPTURE).
+    """
+
+    def __init__(self) -> None:
+        self.roles: tuple[Role, ...] | None = None
+        self.values: list[Any] = []
+
+    def role(self, index: int) -> Role:
+        """What the site with this index does now."""
+        # A phase may be older than a site that another pipeline has added for its deep branch.
+        return Role.LIVE if self.roles is None or index >= len(self.roles) else self.roles[index]
+
+
 class Site(Replacement):
     """One module whose output may be cached; callable in place of the module's ``forward``.
 
@@ -96,11 +115,13 @@ class Site(Replacement):
         name: the module's name within the denoiser.
         kind: index into `KINDS`.
         branch: for a site of the deep branch, that branch's number.
+        place: which of its block's sites it is, where blocks are compiled one by one.
     """
 
     def __init__(self, sites: Sites, name: str, kind: int, module: nn.Module, branch: int | None = None) -> None:
         self._sites = sites
         self._index = len(sites.sites)
+        self.place: int | None = None
         self.name = name
         self.kind = kind
         self.branch = branch
@@ -110,34 +131,40 @@ class Site(Replacement):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module, in place of its ``forward``, as its role says."""
-        role = self._sites.role(self._index)
+        table, index = self._now()
+        role = table.role(index)
         if role is Role.REUSE:
-            return self._cached()
+            return self._cached(table.values[index])
         if role is Role.LIVE:
             return self.inner(*args, **kwargs)
         if self.kind == _CROSS:
             self._check_text(args, kwargs)
-        return self._capture(self.inner(*args, **kwargs))
+        return self._capture(self.inner(*args, **kwargs), table, index)
+
+    def _now(self) -> tuple[RoleTable, int]:
+        """Where its role and its value are now, and under which index."""
+        if self.place is not None and self._sites.block.roles is not None:
+            return self._sites.block, self.place
+        return self._sites, self._index
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         # A module copied without its denoiser is no site: what it keeps is its own forward.
         return super().__deepcopy__(memo) if self._sites.within(memo) else copy.deepcopy(self.inner, memo)
 
-    def _cached(self) -> Any:
-        value = self._sites.values[self._index]
+    def _cached(self, value: Any) -> Any:
         return value.clone() if self.kind == _DEEP else value
 
-    def _capture(self, output: Any) -> Any:
+    def _capture(self, output: Any, table: RoleTable, index: int) -> Any:
         if not isinstance(output, torch.Tensor):
             raise UnsupportedError(
                 f"{self.name} returned {type(output).__name__}: expected one tensor to cache. Leave this model ungated."
             )
-        if self._sites.values[self._index] is not None:
+        if table.values[index] is not None:
             raise UnsupportedError(
                 f"{self.name} ran more than once in one call of the denoiser: expected once. Turn off what repeats it."
             )
         # FreeU writes in place into what leaves the deep branch, so that the UNet gets a tensor of its own.
-        self._sites.values[self._index] = output.clone() if self.kind == _DEEP else output
+        table.values[index] = output.clone() if self.kind == _DEEP else output
         return output
 
     def _check_text(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -149,6 +176,11 @@ class Site(Replacement):
                 "Call the denoiser with its text, or leave this model ungated."
             )
 
+    @property
+    def is_outermost(self) -> bool:
+        """Whether a call of the module comes here first, and not to some other forward put on top."""
+        return self._slot.is_outermost
+
     def remove(self) -> None:
         """Give the module its own ``forward`` back."""
         self._slot.remove()
@@ -159,12 +191,13 @@ class TupleSite(Site):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module, in place of its ``forward``, as its role says."""
-        role = self._sites.role(self._index)
+        table, index = self._now()
+        role = table.role(index)
         if role is Role.REUSE:
-            return (self._cached(),)
+            return (self._cached(table.values[index]),)
         output = self.inner(*args, **kwargs)
         if role is Role.CAPTURE:
-            self._capture(output[0])
+            self._capture(output[0], table, index)
         return output
 
 
@@ -195,20 +228,23 @@ class SkippedSite(Site):
         return output
 
 
-class Sites:
-    """The sites of one denoiser and, while a phase runs, what each of them does.
+class Sites(RoleTable):
+    """The sites of one denoiser and, while a phase runs, what each of them does; outside a phase every one is LIVE.
 
     Attributes:
-        roles: a role for each site, or None outside a phase: every site is LIVE.
-        values: for each site the cached tensor (REUSE) or, once it has run, the captured one (CAPTURE).
         sites: every site, in the order in which they were put on their modules.
+        block: what the sites of the block that is being run do, where blocks are compiled one by one.
+        regions: the blocks that can be compiled one by one, once `tgate_fx.regional` has found them.
+        run_region: what runs these now, in place of their own forward; None at all other times.
         removed: whether they were taken off again.
     """
 
     def __init__(self, denoiser: nn.Module) -> None:
+        super().__init__()
         self._denoiser = denoiser
-        self.roles: tuple[Role, ...] | None = None
-        self.values: list[Any] = []
+        self.block = RoleTable()
+        self.regions: list[Region] = []
+        self.run_region: Callable[[Region, tuple[Any, ...], dict[str, Any]], Any] | None = None
         self.sites: list[Site] = []
         self.removed = False
         for name, kind, module in find_sites(denoiser):
@@ -217,11 +253,6 @@ class Sites:
     def within(self, memo: dict[int, Any]) -> bool:
         """Whether the denoiser itself is being copied by the ``copy.deepcopy`` that has this memo."""
         return id(self._denoiser) in memo
-
-    def role(self, index: int) -> Role:
-        """What the site with this index does now."""
-        # A phase may be older than a site that another pipeline has added for its deep branch.
-        return Role.LIVE if self.roles is None or index >= len(self.roles) else self.roles[index]
 
     def add_deep_branch(self, number: int, branch: DeepBranch) -> None:
         """Put sites on the modules of a deep branch, unless they are there already."""
@@ -262,6 +293,8 @@ class Sites:
 
     def remove(self) -> None:
         """Take every site off its module, the last one put on first."""
+        for region in self.regions:
+            region.remove()
         for site in reversed(self.sites):
             site.remove()
         self.removed = True

@@ -57,6 +57,11 @@ class ForwardSlot:
         self.inner: Callable[..., Any] = getattr(module, name)
         setattr(module, name, replacement)
 
+    @property
+    def is_outermost(self) -> bool:
+        """Whether a call of the module comes to the replacement first."""
+        return vars(self.module).get("forward") is self.replacement
+
     def remove(self) -> None:
         """Put the earlier forward back, wherever hooks have moved the replacement to in the meantime.
 

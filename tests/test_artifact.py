@@ -1,0 +1,225 @@
+"""`tgate_fx.save` and `tgate_fx.load`: phases that were compiled ahead of time, and everything they must fit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.attention_processor import AttnProcessor
+
+import tgate_fx
+from tests import tiny
+from tests.conftest import CountingBackend
+from tests.test_compile import relative_error
+from tests.test_refusals import says
+
+SIZE = {"height": 16, "width": 16}
+
+
+def made() -> Any:
+    """A pipeline whose UNet has one block on each way and one between them."""
+    blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
+    return tiny.sd(**blocks, block_out_channels=(16,))
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What is saved of a tiny Stable Diffusion pipeline, once for all tests."""
+    torch.set_num_threads(1)
+    pipe = tgate_fx.compile(made(), gate_step=3)
+    path = tgate_fx.save(pipe, tmp_path_factory.mktemp("artifacts") / "sd", **SIZE)
+    assert sorted(file.name for file in path.iterdir()) == ["0.pt2", "1.pt2", "manifest.json"]
+    return path
+
+
+@pytest.mark.inductor
+def test_it_generates_as_the_eager_pipeline_without_compiling(artifact: Path) -> None:
+    pipe = tgate_fx.load(made(), artifact)
+    eager = tgate_fx.gate(made(), gate_step=3)
+    for steps, extra in ((6, {}), (9, {"gate_step": 5, "guidance_scale": 3.0}), (5, {"seed": 2})):
+        kwargs = {**tiny.inputs("sd"), **SIZE, "num_inference_steps": steps, **extra}
+        with torch.compiler.set_stance("fail_on_recompile"):
+            got = tiny.latents(pipe, **kwargs)
+        assert relative_error(got, tiny.latents(eager, **kwargs)) < 1e-4
+    report = tgate_fx.report(pipe)
+    assert report.compiled_graphs == 0
+    assert report.gate == 3
+    assert report.compiler == "compiled ahead of time"
+    tgate_fx.restore(pipe)
+    plain = made()
+    kwargs = {**tiny.inputs("sd"), **SIZE, "num_inference_steps": 4}
+    assert torch.equal(tiny.latents(pipe, **kwargs), tiny.latents(plain, **kwargs))
+
+
+@pytest.mark.slow
+@pytest.mark.inductor
+def test_it_generates_in_another_process(artifact: Path) -> None:
+    program = (
+        "import sys, torch; torch.set_num_threads(1); import tgate_fx; from tests import tiny\n"
+        "from tests.test_artifact import made\n"
+        "pipe = tgate_fx.load(made(), sys.argv[1])\n"
+        "kwargs = {**tiny.inputs('sd'), 'height': 16, 'width': 16, 'num_inference_steps': 5}\n"
+        "print(tiny.latents(pipe, **kwargs).double().sum().item())\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program, str(artifact)], capture_output=True, text=True, check=True)
+    kwargs = {**tiny.inputs("sd"), **SIZE, "num_inference_steps": 5}
+    expected = tiny.latents(tgate_fx.load(made(), artifact), **kwargs).double().sum().item()
+    assert float(result.stdout) == expected
+
+
+def other_weights(pipe: Any) -> None:
+    with torch.no_grad():
+        pipe.unet.mid_block.attentions[0].proj_in.weight[0, 0] += 1e-3
+
+
+def other_processor(pipe: Any) -> None:
+    pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.set_processor(AttnProcessor())
+
+
+def hooked(pipe: Any) -> None:
+    pipe.unet.conv_in.register_forward_hook(lambda *_: None)
+
+
+def with_free_u(pipe: Any) -> None:
+    pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (other_weights, "mid_block.attentions.0.proj_in.weight"),
+        (other_processor, "mid_block.attentions.0.transformer_blocks.0.attn1"),
+        (hooked, "conv_in"),
+        (with_free_u, "up_blocks.0"),
+        (lambda pipe: pipe.unet.to(torch.bfloat16), "conv_in"),
+    ],
+)
+def test_a_pipeline_that_is_another_is_refused(change: Callable[[Any], None], message: str, artifact: Path) -> None:
+    pipe = made()
+    change(pipe)
+    with pytest.raises(tgate_fx.StateError, match=says("the artifact was saved with")) as error:
+        tgate_fx.load(pipe, artifact)
+    assert message in str(error.value)
+    assert type(pipe).__name__ == "StableDiffusionPipeline"
+    assert not [module for module in pipe.unet.modules() if "forward" in vars(module)]
+
+
+@pytest.mark.inductor
+def test_changes_after_loading_are_noticed(artifact: Path) -> None:
+    pipe = tgate_fx.load(made(), artifact)
+    kwargs = {**tiny.inputs("sd"), **SIZE, "num_inference_steps": 5}
+    before = tiny.latents(pipe, **kwargs)
+    weight = pipe.unet.conv_in.weight
+    kept = weight.detach().clone()
+    weight.data.mul_(2)
+    with pytest.raises(tgate_fx.StateError, match=says("weights changed after the artifact was loaded")):
+        tiny.latents(pipe, **kwargs)
+    weight.data.copy_(kept)
+    processor = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.processor
+    other_processor(pipe)
+    with pytest.raises(tgate_fx.StateError, match=says("attn1 changed after the artifact was loaded")):
+        tiny.latents(pipe, **kwargs)
+    pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.set_processor(processor)
+
+    def change(pipeline: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        if index == 2:
+            with_free_u(pipeline)
+        return values
+
+    with pytest.raises(tgate_fx.StateError, match=says("changed after the artifact was loaded")):
+        tiny.latents(pipe, **kwargs, callback_on_step_end=change)
+    pipe.disable_freeu()
+    assert torch.equal(tiny.latents(pipe, **kwargs), before)
+    fresh = tgate_fx.load(made(), artifact)
+    assert torch.equal(tiny.latents(fresh, **kwargs), before)
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"height": 24}, "sample as float32[2, 4, 12, 8] on cpu: expected float32[2, 4, 8, 8]"),
+        ({"prompt": ["a cat", "a dog"]}, "expected"),
+        ({"guidance_scale": 1.0}, "expected"),
+        ({"sp_interval": 2}, "has no pre-gate"),
+    ],
+)
+def test_what_was_not_compiled_is_refused(call: dict[str, Any], message: str, artifact: Path) -> None:
+    pipe = tgate_fx.load(made(), artifact)
+    kwargs = {**tiny.inputs("sd"), **SIZE, "num_inference_steps": 5}
+    with pytest.raises(tgate_fx.StateError) as error:
+        tiny.latents(pipe, **{**kwargs, **call})
+    assert message in str(error.value)
+    tiny.latents(pipe, **kwargs)
+
+
+def change_manifest(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
+    def damage(path: Path) -> None:
+        manifest = json.loads((path / "manifest.json").read_text())
+        change(manifest)
+        (path / "manifest.json").write_text(json.dumps(manifest))
+
+    return damage
+
+
+def truncate(name: str) -> Callable[[Path], None]:
+    return lambda path: (path / name).write_bytes((path / name).read_bytes()[:-100])  # type: ignore[return-value]
+
+
+def flip(path: Path) -> None:
+    data = bytearray((path / "1.pt2").read_bytes())
+    data[len(data) // 2] ^= 1
+    (path / "1.pt2").write_bytes(data)
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (truncate("0.pt2"), "0.pt2 is"),
+        (flip, "and not as it was written"),
+        (lambda path: (path / "1.pt2").unlink(), "1.pt2 is missing"),
+        (truncate("manifest.json"), "no whole artifact"),
+        (lambda path: (path / "manifest.json").unlink(), "no whole artifact"),
+        (change_manifest(lambda said: said.update(format=99)), "has format 99: expected 1"),
+        (change_manifest(lambda said: said.update(torch="1.0")), "The torch's version is"),
+        (change_manifest(lambda said: said["processor"].update(capability="AVX9000")), "expected AVX9000"),
+        (change_manifest(lambda said: said["processor"].update(device="cuda")), "device is cpu: expected cuda"),
+        (change_manifest(lambda said: said["model"].update(in_channels="9")), "in_channels is 4: expected 9"),
+    ],
+)
+def test_what_is_damaged_or_from_elsewhere_is_refused(
+    damage: Callable[[Path], None], message: str, artifact: Path, tmp_path: Path
+) -> None:
+    copied = tmp_path / "copied"
+    shutil.copytree(artifact, copied)
+    damage(copied)
+    pipe = made()
+    with pytest.raises(tgate_fx.StateError) as error:
+        tgate_fx.load(pipe, copied)
+    assert message in str(error.value)
+    tgate_fx.gate(pipe)  # as usable as before
+
+
+def test_what_cannot_be_saved(tmp_path: Path, backend: CountingBackend) -> None:
+    with pytest.raises(tgate_fx.StateError, match=says("not compiled", "tgate_fx.compile")):
+        tgate_fx.save(tgate_fx.gate(made()), tmp_path / "new")
+    for settings, what in (
+        ({"backend": backend}, "backend="),
+        ({"regional": True}, "regional=True"),
+        ({"dynamic": True}, "dynamic=True"),
+    ):
+        pipe = tgate_fx.compile(made(), **settings)
+        with pytest.raises(tgate_fx.UnsupportedError, match=says(what, "cannot be saved")):
+            tgate_fx.save(pipe, tmp_path / "new")
+    with pytest.raises(tgate_fx.ArgumentError, match=says("There is something at", "expected nothing")):
+        tgate_fx.save(tgate_fx.compile(made()), tmp_path)
+    assert not list(tmp_path.iterdir())

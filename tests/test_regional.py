@@ -1,0 +1,80 @@
+"""Regional compilation: few graphs for all blocks, and the same results."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import tgate_fx
+from tests import tiny
+from tests.conftest import CountingBackend
+from tgate_fx.settings import CompileSettings
+
+_FIRST = ("sd", "sdxl", "pixart-alpha", "svd")
+SETTINGS = [
+    *[pytest.param(family, {}, marks=pytest.mark.slow if family not in _FIRST else ()) for family in tiny.EVERY_MAKER],
+    pytest.param("sd", {"sp_interval": 2, "fi_interval": 2}, marks=pytest.mark.slow),
+    ("sd", {"deepcache": tgate_fx.DeepCache(interval=2, branch=0)}),
+    pytest.param("sdxl", {"after_gate": "both"}, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("family", "settings"), SETTINGS)
+def test_every_pipeline_gives_the_eager_result(family: str, settings: dict[str, Any], backend: CountingBackend) -> None:
+    pipe = tgate_fx.compile(tiny.make(family), gate_step=2, backend=backend, regional=True, **settings)
+    eager = tgate_fx.gate(tiny.make(family), gate_step=2, **settings)
+    for round_, steps in enumerate((6, 8)):
+        kwargs = {**tiny.inputs(family), "num_inference_steps": steps, "seed": round_}
+        with torch.compiler.set_stance("fail_on_recompile" if round_ else "default"):
+            got = tiny.latents(pipe, **kwargs)
+        assert torch.equal(got, tiny.latents(eager, **kwargs))
+    report = tgate_fx.report(pipe)
+    assert report.recompiles == 0
+    assert report.compiled_graphs == len(backend.graphs)
+
+
+def test_blocks_that_are_alike_share_a_graph(backend: CountingBackend) -> None:
+    pipe = tiny.make("pixart-alpha-256")
+    blocks = len(pipe.transformer.transformer_blocks)
+    tgate_fx.compile(pipe, gate_step=2, backend=backend, regional=True)
+    tiny.latents(pipe, **tiny.inputs("pixart-alpha-256"), num_inference_steps=4)
+    assert blocks > 1
+    assert len(backend.graphs) == 2
+    assert backend.ran == 4 * blocks
+    names = {node.name for node in backend.graphs[1].graph.nodes}
+    assert not [name for name in names if "attn2" in name]
+
+
+def test_a_pipeline_that_shares_the_denoiser_is_compiled_whole(backend: CountingBackend) -> None:
+    """Regions are there for both pipelines, and used by one."""
+    first, eager = tiny.make("sd"), tgate_fx.gate(tiny.make("sd"), gate_step=2)
+    second = type(first)(**first.components, requires_safety_checker=False)
+    second.set_progress_bar_config(disable=True)
+    whole = CountingBackend()
+    tgate_fx.compile(first, gate_step=2, backend=backend, regional=True)
+    tgate_fx.compile(second, gate_step=2, backend=whole)
+    kwargs = {**tiny.inputs("sd"), "num_inference_steps": 5}
+    for pipe in (first, second, first, second):
+        assert torch.equal(tiny.latents(pipe, **kwargs), tiny.latents(eager, **kwargs))
+    assert len(whole.graphs) == 2
+    tgate_fx.restore(first)
+    tgate_fx.restore(second)
+    assert not [module for module in first.unet.modules() if "forward" in vars(module)]
+
+
+def test_dynamic_shapes_need_no_graph_of_their_own(backend: CountingBackend) -> None:
+    pipe = tgate_fx.compile(tiny.make("pixart-alpha-256"), gate_step=2, backend=backend, regional=True, dynamic=True)
+    eager = tgate_fx.gate(tiny.make("pixart-alpha-256"), gate_step=2)
+    for side in (64, 96, 128):
+        kwargs = {**tiny.inputs("pixart-alpha-256"), "num_inference_steps": 4, "height": side, "width": side}
+        kwargs["use_resolution_binning"] = False
+        assert torch.equal(tiny.latents(pipe, **kwargs), tiny.latents(eager, **kwargs))
+    assert len(backend.graphs) == 2
+
+
+def test_freezing_is_off() -> None:
+    settings = CompileSettings(regional=True)
+    assert settings.options_for(torch.device("cpu")) is None
+    assert settings.describe(torch.device("cpu")) == "torch.compile (inductor, regional)"

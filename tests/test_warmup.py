@@ -1,0 +1,83 @@
+"""`tgate_fx.warmup`: every phase is compiled before the first generation that counts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import tgate_fx
+from tests import tiny
+from tests.conftest import CountingBackend
+from tests.test_refusals import says
+
+SETTINGS = [
+    ("sd", {}),
+    pytest.param("sd", {"gate_step": 0.4}, marks=pytest.mark.slow),
+    pytest.param("sd", {"gate_step": None}, marks=pytest.mark.slow),
+    ("sd", {"sp_interval": 3, "fi_interval": 2, "warm_up": 2}),
+    ("sd", {"deepcache": tgate_fx.DeepCache(interval=3, branch=0)}),
+    pytest.param(
+        "sd", {"gate_step": None, "deepcache": tgate_fx.DeepCache(interval=3, branch=0)}, marks=pytest.mark.slow
+    ),
+    ("sd-img2img", {}),
+    pytest.param("sdxl", {"after_gate": "both"}, marks=pytest.mark.slow),
+    ("pixart-alpha-256", {}),
+    pytest.param("svd", {}, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("family", "settings"), SETTINGS)
+def test_nothing_is_compiled_afterwards(family: str, settings: dict[str, Any], backend: CountingBackend) -> None:
+    pipe = tgate_fx.compile(tiny.make(family), backend=backend, **{"gate_step": 7, **settings})
+    kwargs = tiny.inputs(family)
+    report = tgate_fx.warmup(pipe, **kwargs)
+    assert report.compiled_graphs == len(backend.graphs) > 0
+    assert len(report.steps) < 10
+    with torch.compiler.set_stance("fail_on_recompile"):
+        tiny.latents(pipe, **kwargs, num_inference_steps=25)
+
+
+def test_the_size_and_the_batch_can_be_given(backend: CountingBackend) -> None:
+    pipe = tgate_fx.compile(tiny.make("sd"), gate_step=3, backend=backend)
+    report = tgate_fx.warmup(pipe, height=16, width=24, batch_size=2)
+    assert {step.batch for step in report.steps} == {4, 2}
+    with torch.compiler.set_stance("fail_on_recompile"):
+        pipe(["a cat", "a dog"], height=16, width=24, num_inference_steps=6)
+
+
+def test_the_global_random_state_stays(backend: CountingBackend) -> None:
+    pipe = tgate_fx.compile(tiny.make("sd"), gate_step=3, backend=backend)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    tgate_fx.warmup(pipe, height=16, width=16)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_it_shows_a_progress_bar(backend: CountingBackend, capsys: pytest.CaptureFixture[str]) -> None:
+    pipe = tgate_fx.compile(tiny.make("sd"), gate_step=3, backend=backend)
+    tgate_fx.warmup(pipe, height=16, width=16)
+    assert capsys.readouterr().err == ""  # the pipeline's bar was turned off
+    pipe.set_progress_bar_config()
+    tgate_fx.warmup(pipe, height=16, width=16)
+    assert "tgate_fx: compiling: 100%" in capsys.readouterr().err
+    pipe("a cat", height=16, width=16, num_inference_steps=2)
+    assert "tgate_fx" not in capsys.readouterr().err
+
+
+def test_what_it_refuses(backend: CountingBackend) -> None:
+    eager = tgate_fx.gate(tiny.make("sd"))
+    with pytest.raises(tgate_fx.StateError, match=says("StableDiffusionPipeline", "not compiled", "tgate_fx.compile")):
+        tgate_fx.warmup(eager)
+    pipe = tgate_fx.compile(tiny.make("sd"), backend=backend)
+    with pytest.raises(tgate_fx.ArgumentError, match=says("batch_size=0", "an int ≥ 1")):
+        tgate_fx.warmup(pipe, batch_size=0)
+    with pytest.raises(tgate_fx.ArgumentError, match=says("batch_size=2", "together with prompt", "Leave it out")):
+        tgate_fx.warmup(pipe, batch_size=2, prompt="a cat")
+    video = tgate_fx.compile(tiny.make("svd"), backend=backend)
+    with pytest.raises(tgate_fx.ArgumentError, match=says("batch_size=2", "takes no prompts")):
+        tgate_fx.warmup(video, batch_size=2, **tiny.inputs("svd"))
+    with tgate_fx.disabled(pipe), pytest.raises(tgate_fx.StateError, match=says("did not reach", "tgate_fx.disabled")):
+        tgate_fx.warmup(pipe, height=16, width=16)

@@ -1,0 +1,111 @@
+"""What compiled code depends on, beside its inputs: the model as it is put together, its weights, and the machine.
+
+torch.compile guards its graphs by the modules they were traced from. Code that was compiled ahead of time has no such
+guards; these descriptions, made when it was compiled and compared later, take their place.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .held import checksum
+from .slots import Replacement
+
+# What says where a module came from, or is described apart: its children, its weights, and tgate_fx's own.
+_LEFT_OUT = frozenset(
+    ("_modules", "_internal_dict", "_is_hf_initialized", "_tgate_dispatch", "_parameters", "_buffers")
+)
+_DEPTH = 4
+
+
+def structure(denoiser: nn.Module) -> dict[str, str]:
+    """For every module of a denoiser, a digest of all but its weights' values.
+
+    That is its class, attributes, hooks, attention processor, and the names, shapes and dtypes of its weights.
+    """
+    return {name: _digest(_of_module(module)) for name, module in denoiser.named_modules()}
+
+
+def weights(denoiser: nn.Module) -> dict[str, str]:
+    """For every parameter and buffer of a denoiser, a checksum of its bits."""
+    tensors = [*denoiser.named_parameters(), *denoiser.named_buffers()]
+    return {name: format(checksum(tensor.detach()), "x") for name, tensor in tensors}
+
+
+def processor(device: torch.device) -> dict[str, str]:
+    """What code for a device is compiled for: the kind of processor, and the instructions that it has."""
+    if device.type == "cuda":
+        return {
+            "device": "cuda",
+            "name": torch.cuda.get_device_name(device),
+            "capability": ".".join(map(str, torch.cuda.get_device_capability(device))),
+        }
+    return {"device": device.type, "capability": torch.backends.cpu.get_cpu_capability(), "instructions": _flags()}
+
+
+@functools.cache
+def _flags() -> str:
+    """The vector and matrix instructions that Linux says this processor has; empty elsewhere."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    flags = next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), [])
+    kinds = ("avx", "amx", "fma", "f16c", "sse4", "asimd", "sve", "bf16", "i8mm")
+    return " ".join(sorted(flag for flag in flags if flag.startswith(kinds)))
+
+
+def differences(saved: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """The names under which two descriptions are not the same."""
+    return [name or "the denoiser" for name in {**saved, **now} if saved.get(name) != now.get(name)]
+
+
+def _of_module(module: nn.Module) -> object:
+    tensors = {**module._parameters, **module._buffers}
+    return (
+        _described(vars(module), _DEPTH),
+        _name(type(module)),
+        sorted(module._modules),
+        sorted((name, None if value is None else _form(value)) for name, value in tensors.items()),
+    )
+
+
+def _form(tensor: torch.Tensor) -> tuple[str, str, str]:
+    return (str(tuple(tensor.shape)), str(tensor.dtype), tensor.device.type)
+
+
+def _described(value: Any, depth: int) -> object:
+    """A value in a form whose ``repr`` is the same in another process, if the value is."""
+    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device, torch.Size)):
+        return value
+    if isinstance(value, type):
+        return _name(value)
+    if isinstance(value, torch.Tensor):
+        return (*_form(value), checksum(value.detach()))
+    if isinstance(value, (types.FunctionType, types.BuiltinFunctionType, types.MethodType)):
+        return _name(value)
+    if isinstance(value, (nn.Module, Replacement)) or depth == 0:
+        return _name(type(value))
+    if isinstance(value, Mapping):
+        # Switching something off (FreeU) may leave None where nothing was before.
+        said = {str(key): item for key, item in value.items() if key not in _LEFT_OUT and item is not None}
+        return [(name, _described(said[name], depth - 1)) for name in sorted(said)]
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(repr, value))
+    if isinstance(value, (list, tuple)):
+        return [_described(item, depth - 1) for item in value]
+    return (_name(type(value)), _described(getattr(value, "__dict__", {}), depth - 1))
+
+
+def _name(thing: Any) -> str:
+    return f"{getattr(thing, '__module__', '')}.{getattr(thing, '__qualname__', '')}"
+
+
+def _digest(described: object) -> str:
+    return hashlib.sha256(repr(described).encode()).hexdigest()[:16]

@@ -1,0 +1,52 @@
+"""What torch.compile is given, and what that means on each device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .cache import has_cuda_graphs
+
+_CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
+
+
+@dataclass(frozen=True)
+class CompileSettings:
+    """What is handed on to torch.compile; ``fullgraph`` is always on.
+
+    On a CPU, inductor's ``freezing`` is on unless ``mode`` or ``options["freezing"]`` says otherwise: it packs the
+    weights for the CPU's kernels, and without it inductor is no faster than eager there.
+    """
+
+    backend: str | Callable[..., Any] = "inductor"
+    mode: str | None = None
+    dynamic: bool | None = None
+    options: Mapping[str, Any] | None = None
+    regional: bool = False
+
+    def options_for(self, device: torch.device) -> dict[str, Any] | None:
+        """The ``options`` for graphs on this device."""
+        options = dict(self.options or {})
+        if self.backend == "inductor" and self.mode is None and device.type == "cpu" and not self.regional:
+            options.setdefault("freezing", True)
+        return options or None
+
+    def freezes(self, device: torch.device) -> bool:
+        """Whether compiled graphs on this device hold the weights as they were when compiled."""
+        return self.backend == "inductor" and bool((self.options_for(device) or {}).get("freezing"))
+
+    def replays(self, device: torch.device) -> bool:
+        """Whether graphs on this device may be CUDA-graph replays, whose outputs the next replay overwrites."""
+        options = self.options or {}
+        return has_cuda_graphs(device) and (self.mode in _CUDA_GRAPH_MODES or bool(options.get("triton.cudagraphs")))
+
+    def describe(self, device: torch.device) -> str:
+        """The settings in force on this device, in words."""
+        backend = self.backend if isinstance(self.backend, str) else getattr(self.backend, "__name__", "custom backend")
+        said = [f"mode={self.mode}"] if self.mode else []
+        said += [f"{key}={value}" for key, value in (self.options_for(device) or {}).items()]
+        said += [name for name in ("dynamic", "regional") if getattr(self, name)]
+        return f"torch.compile ({', '.join([str(backend), *said])})"

@@ -1,0 +1,143 @@
+"""Compiling ahead of traffic: the shortest generation that reaches every phase."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from .compiler import GraphCount
+from .errors import ArgumentError, StateError
+from .gated import Gated
+from .report import Report
+from .schedule import Schedule
+from .sites import Roles
+
+_TRIES = 4
+
+
+def warmup(
+    pipe: Any,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    batch_size: int | None = None,
+    **inputs: Any,
+) -> Report:
+    """Compile every phase of a pipeline for one size of image, by generating one in as few steps as reach them all.
+
+    Graphs are for one shape and dtype of the denoiser's inputs: call this once for each size and batch that will be
+    asked for, and once more with ``guidance_scale=1`` if images without guidance will be, for their batch is another.
+
+    Args:
+        pipe: a pipeline under `tgate_fx.compile`.
+        height, width: of the image in pixels; None is the pipeline's default.
+        batch_size: how many prompts at once; 1 if left out.
+        inputs: what else the pipeline's call needs: an image, ``prompt_embeds`` in place of prompts, a guidance scale.
+
+    Returns:
+        The report on that generation: its seconds include compiling.
+
+    Raises:
+        ArgumentError: ``batch_size`` was given for a pipeline without prompts, or together with prompts.
+        StateError: the pipeline is not under `tgate_fx.compile`, or ends before it reaches every phase.
+    """
+    gated, call = call_for(pipe, height, width, batch_size, inputs)
+    reach_every_phase(pipe, gated, call, "compiling")
+    return gated.report()
+
+
+def call_for(
+    pipe: Any, height: int | None, width: int | None, batch_size: int | None, inputs: dict[str, Any]
+) -> tuple[Gated, dict[str, Any]]:
+    """The gate of a compiled pipeline, and what to call it with for images of this size; see `warmup`."""
+    gated = Gated.of(pipe)
+    if gated is None or not isinstance(gated.compiled, GraphCount):
+        raise StateError(
+            f"This {type(pipe).__name__} is not compiled: expected one given to tgate_fx.compile. There is nothing to "
+            "compile ahead for any other."
+        )
+    sizes = {"height": height, "width": width}
+    call = {**inputs, **{name: size for name, size in sizes.items() if size is not None}}
+    return gated, call | _prompts(pipe, gated, batch_size, inputs)
+
+
+def reach_every_phase(pipe: Any, gated: Gated, call: dict[str, Any], doing: str) -> None:
+    """Generate with as few steps as there can be for every phase of the pipeline's schedule to run.
+
+    Args:
+        pipe: the pipeline.
+        gated: its gate.
+        call: what the pipeline is called with besides.
+        doing: what the progress bar says.
+
+    Raises:
+        StateError: not every phase was reached.
+    """
+    wanted = _phases(gated.schedule, _horizon(gated.schedule))
+    steps, gate = _shortest(gated.schedule, wanted)
+    defaults = {"output_type": "latent", "generator": torch.Generator().manual_seed(0)}
+    call = {**{name: value for name, value in defaults.items() if name in gated.parameters}, **call}
+    with _progress_bar(pipe, f"tgate_fx: {doing}"):
+        for _ in range(_TRIES):
+            pipe(**call, num_inference_steps=steps, gate_step=gate)
+            if gated.run is not None and wanted <= set(gated.run.examples):
+                return
+            steps *= 2  # with strength < 1, a part of the steps is run only
+    raise StateError(
+        f"A generation of {steps // 2} steps did not reach every phase: expected {len(wanted)} of them. Call it with "
+        "inputs that run more steps, outside of tgate_fx.disabled."
+    )
+
+
+def _prompts(pipe: Any, gated: Gated, batch_size: int | None, inputs: dict[str, Any]) -> dict[str, Any]:
+    given = [name for name in ("prompt", "prompt_embeds") if inputs.get(name) is not None]
+    if batch_size is not None and (given or "prompt" not in gated.parameters):
+        raise ArgumentError(
+            f"batch_size={batch_size} was given to a {type(pipe).__name__} "
+            f"{'together with ' + given[0] if given else 'which takes no prompts'}: expected prompts to be made up "
+            "that many times. Leave it out, and give as many inputs as there shall be."
+        )
+    if batch_size is not None and (not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1):
+        raise ArgumentError(f"batch_size={batch_size!r} is not a number of prompts: expected an int ≥ 1.")
+    return {} if given or "prompt" not in gated.parameters else {"prompt": [""] * (batch_size or 1)}
+
+
+def _horizon(schedule: Schedule) -> int:
+    """So many steps that all of this schedule's phases are among them."""
+    gate = schedule.gate_step if isinstance(schedule.gate_step, int) else 2 * _period(schedule)
+    return gate + 2 * _period(schedule)
+
+
+def _period(schedule: Schedule) -> int:
+    return max(schedule.sp_interval, schedule.fi_interval, schedule.deep_interval or 1) + schedule.warm_up + 1
+
+
+def _phases(schedule: Schedule, steps: int) -> set[Roles]:
+    settled = schedule.resolve(steps)
+    return {settled.at(index).roles for index in range(steps)}
+
+
+def _shortest(schedule: Schedule, wanted: set[Roles]) -> tuple[int, int | None]:
+    """The fewest steps, and the gate among them, with which all of these phases run."""
+    for steps in range(1, _horizon(schedule)):
+        for gate in [None] if schedule.gate_step is None else range(1, steps):
+            if wanted <= _phases(replace(schedule, gate_step=gate), steps):
+                return steps, gate
+    settled = schedule.resolve(_horizon(schedule))
+    assert not isinstance(settled.gate_step, float)
+    return _horizon(schedule), settled.gate_step
+
+
+@contextmanager
+def _progress_bar(pipe: Any, description: str) -> Iterator[None]:
+    """The pipeline's own progress bar under another name; one that was turned off stays off."""
+    config = getattr(pipe, "_progress_bar_config", {})
+    pipe.set_progress_bar_config(**{**config, "desc": description})
+    try:
+        yield
+    finally:
+        pipe.set_progress_bar_config(**config)
