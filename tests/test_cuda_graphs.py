@@ -1,0 +1,106 @@
+"""Pipelines under what CUDA-graph replay does to a graph's inputs and outputs, emulated on the CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import tgate_fx
+from tests import tiny
+from tests.replay import ReplayBackend, ReplayError, copies_of
+from tgate_fx import cache, compiler, settings
+
+_FIRST = ("sd", "sdxl", "pixart-alpha", "svd")
+_DEEPCACHE = tgate_fx.DeepCache(interval=2, branch=0)
+_INTERVALS = {"sp_interval": 2, "fi_interval": 2}
+EVERY = [
+    *[pytest.param(family, {}, marks=pytest.mark.slow if family not in _FIRST else ()) for family in tiny.EVERY_MAKER],
+    *[pytest.param(family, _INTERVALS, marks=pytest.mark.slow if family != "sd" else ()) for family in _FIRST],
+    ("sd", {"deepcache": _DEEPCACHE}),
+    pytest.param("sdxl", {"deepcache": _DEEPCACHE}, marks=pytest.mark.slow),
+    pytest.param("sd", {"gate_step": None, "deepcache": _DEEPCACHE}, marks=pytest.mark.slow),
+    pytest.param("sdxl", {"after_gate": "positive"}, marks=pytest.mark.slow),
+    ("sdxl", {"after_gate": "both"}),
+]
+
+
+@pytest.fixture
+def replay(monkeypatch: pytest.MonkeyPatch) -> ReplayBackend:
+    """A backend under which the CPU passes for a device with CUDA graphs."""
+    for module in (cache, settings):
+        monkeypatch.setattr(module, "has_cuda_graphs", lambda device: True)
+    return ReplayBackend()
+
+
+def compiled(family: str, backend: ReplayBackend, **settings: Any) -> Any:
+    return tgate_fx.compile(tiny.make(family), **{"gate_step": 3, **settings}, backend=backend, mode="reduce-overhead")
+
+
+@pytest.mark.parametrize(("family", "settings"), EVERY)
+def test_every_pipeline_gives_the_eager_result_under_replay(
+    family: str, settings: dict[str, Any], replay: ReplayBackend
+) -> None:
+    pipe = compiled(family, replay, **settings)
+    eager = tgate_fx.gate(tiny.make(family), **{"gate_step": 3, **settings})
+    for round_, steps in enumerate((7, 9, 7)):
+        kwargs = {**tiny.inputs(family), "num_inference_steps": steps, "seed": round_}
+        assert torch.equal(tiny.latents(pipe, **kwargs), tiny.latents(eager, **kwargs))
+    assert replay.replays > 6
+    assert copies_of(replay, "cache") == 0
+    assert copies_of(replay, "weight") == 0
+    assert copies_of(replay, "timestep") > 0
+
+
+def test_two_shapes_taking_turns_keep_their_addresses(replay: ReplayBackend) -> None:
+    pipe = compiled("sd", replay)
+    eager = tgate_fx.gate(tiny.make("sd"), gate_step=3)
+    for round_ in range(6):
+        shape = {"height": 16 if round_ % 2 else 24, "width": 16}
+        kwargs = {**tiny.inputs("sd"), "num_inference_steps": 6, "seed": round_, **shape}
+        assert torch.equal(tiny.latents(pipe, **kwargs), tiny.latents(eager, **kwargs))
+    assert len(replay.graphs) == 4
+    assert copies_of(replay, "cache") == 0
+
+
+def test_the_emulation_catches_a_cache_that_is_a_graphs_output(
+    replay: ReplayBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the static cache is for: without it, what was captured is overwritten at the next replay."""
+    monkeypatch.setattr(cache.StaticCache, "keep", lambda self, kind, captured, *, merge: tuple(captured))
+    pipe = compiled("sd", replay)
+    kwargs = {**tiny.inputs("sd"), "num_inference_steps": 6, "guidance_scale": 1.0, "output_type": "latent"}
+    assert torch.isnan(pipe(**kwargs).images).any()
+
+
+def test_the_emulation_catches_outputs_that_are_not_cloned(
+    replay: ReplayBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Schedulers of several steps keep the model's outputs, which are a graph's."""
+    pipe, eager = compiled("sd", replay), tgate_fx.gate(tiny.make("sd"), gate_step=3)
+    for each in (pipe, eager):
+        each.scheduler = tiny.scheduler("DPMSolverMultistep")
+    monkeypatch.setattr(compiler, "tree_map_only", lambda _, __, output: output)
+    kwargs = {**tiny.inputs("sd"), "num_inference_steps": 6, "guidance_scale": 1.0, "output_type": "latent"}
+    assert not torch.equal(pipe(**kwargs).images, eager(**kwargs).images)
+
+
+def test_the_emulation_catches_static_inputs_that_move() -> None:
+    backend = ReplayBackend()
+    twice = torch.compile(lambda value: value * 2, backend=backend, fullgraph=True)
+    first, second = torch.zeros(2), torch.zeros(2)
+    for value in (first, second):
+        torch._dynamo.mark_static_address(value)
+    twice(first)
+    twice(first)
+    with pytest.raises(ReplayError, match="has moved"):
+        twice(second)
+
+
+def test_the_emulation_catches_graphs_that_write_to_their_inputs() -> None:
+    def bump(value: torch.Tensor) -> torch.Tensor:
+        return value.add_(1)
+
+    with pytest.raises(ReplayError, match="writes to its inputs"):
+        torch.compile(bump, backend=ReplayBackend(), fullgraph=True)(torch.zeros(2))
