@@ -1,0 +1,203 @@
+"""A small image service on a gated pipeline, to take as a beginning for your own.
+
+    python -m benchmarks.serve --port 8000
+    curl -s localhost:8000/images -H 'content-type: application/json' -o image.png \
+        -d '{"prompt": "a large red star in the centre on a plain white background", "seed": 1}'
+
+One pipeline generates one image after the other; requests wait in a queue of limited length. What cannot be served is
+refused with a reason: 422 for a request that is wrong, 503 when the queue is full, 500 when generating failed, after
+which the next request is served as usual. A client that goes away is not generated for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import torch
+import uvicorn
+from fastapi import FastAPI, HTTPException, Request, Response
+from PIL.Image import Image
+from pydantic import BaseModel, ConfigDict, Field
+
+import tgate_fx
+from tgate_fx import demo
+from tgate_fx.demo.compare import unknown_words
+
+SIZE = 64  # pixels per side: what was compiled for
+_CLIENT_LEFT = 499  # the status that nginx made customary for it; nobody reads it
+
+
+class ImageRequest(BaseModel):
+    """What an image is asked for with."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    prompt: Annotated[str, Field(min_length=1, max_length=400)]
+    negative_prompt: Annotated[str, Field(max_length=400)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    steps: Annotated[int, Field(ge=2, le=100)] = 25
+    gate_step: Annotated[int, Field(ge=1, le=100)] = 10
+    guidance_scale: Annotated[float, Field(gt=1.0, le=20.0)] = 7.5
+
+
+Generate = Callable[[ImageRequest], Image]
+
+
+def generator(pipe: Any) -> Generate:
+    """How a gated pipeline serves a request."""
+
+    def generate(asked: ImageRequest) -> Image:
+        result = pipe(
+            prompt=asked.prompt,
+            negative_prompt=asked.negative_prompt,
+            num_inference_steps=asked.steps,
+            gate_step=asked.gate_step,
+            guidance_scale=asked.guidance_scale,
+            generator=torch.Generator().manual_seed(asked.seed),
+        )
+        image: Image = result.images[0]
+        return image
+
+    return generate
+
+
+class Queue:
+    """Requests that wait for the one pipeline, in the order in which they came.
+
+    Attributes:
+        counts: how many were accepted, finished, failed, left by their client, and refused since the queue was full.
+    """
+
+    def __init__(self, generate: Generate, length: int) -> None:
+        self._generate = generate
+        self._waiting: asyncio.Queue[tuple[ImageRequest, asyncio.Future[Image]]] = asyncio.Queue(length)
+        self._thread = ThreadPoolExecutor(1)
+        self.counts: Counter[str] = Counter(accepted=0, finished=0, failed=0, left=0, refused=0)
+
+    async def run(self) -> None:
+        """Serve requests for ever."""
+        loop = asyncio.get_running_loop()
+        while True:
+            asked, answer = await self._waiting.get()
+            if answer.cancelled():
+                continue
+            run = loop.run_in_executor(self._thread, self._generate, asked)
+            (image,) = await asyncio.gather(run, return_exceptions=True)
+            if answer.cancelled():
+                continue
+            if isinstance(image, BaseException):
+                answer.set_exception(image)
+            else:
+                answer.set_result(image)
+
+    async def ask(self, asked: ImageRequest, request: Request) -> Image:
+        """The image, once it is this request's turn.
+
+        Raises:
+            HTTPException: the queue is full, generating failed, or the client has left.
+        """
+        answer: asyncio.Future[Image] = asyncio.get_running_loop().create_future()
+        try:
+            self._waiting.put_nowait((asked, answer))
+        except asyncio.QueueFull:
+            self.counts["refused"] += 1
+            raise HTTPException(503, "Too many requests are waiting. Try again later.", {"Retry-After": "5"}) from None
+        self.counts["accepted"] += 1
+        leaving = asyncio.ensure_future(_left(request))
+        await asyncio.wait([answer, leaving], return_when=asyncio.FIRST_COMPLETED)
+        leaving.cancel()
+        if not answer.done():
+            answer.cancel()
+            self.counts["left"] += 1
+            raise HTTPException(_CLIENT_LEFT)
+        error = answer.exception()
+        if error is not None:
+            self.counts["failed"] += 1
+            raise HTTPException(500, f"Generating failed: {type(error).__name__}: {error}") from error
+        self.counts["finished"] += 1
+        return answer.result()
+
+
+async def _left(request: Request) -> None:
+    """Wait until the client of this request goes away; its body was read before."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def application(pipe: Any, generate: Generate, *, queue_length: int = 32) -> FastAPI:
+    """The service.
+
+    Args:
+        pipe: the pipeline; its tokenizer says which words it knows.
+        generate: makes an image, in a thread of its own.
+        queue_length: how many requests may wait.
+    """
+    queue = Queue(generate, queue_length)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        serving = asyncio.ensure_future(queue.run())
+        yield
+        serving.cancel()
+        with suppress(asyncio.CancelledError):
+            await serving
+
+    app = FastAPI(title="tgate_fx", lifespan=lifespan)
+
+    @app.post("/images", response_class=Response)
+    async def images(asked: ImageRequest, request: Request) -> Response:
+        _check(pipe, asked)
+        image = await queue.ask(asked, request)
+        png = io.BytesIO()
+        image.save(png, "PNG")
+        return Response(png.getvalue(), media_type="image/png")
+
+    @app.get("/health")
+    async def health() -> dict[str, int]:
+        return dict(queue.counts)
+
+    return app
+
+
+def _check(pipe: Any, asked: ImageRequest) -> None:
+    """Refuse what the pipeline was not trained on; most would rather have it refused than drawn wrongly."""
+    for text in filter(None, (asked.prompt, asked.negative_prompt)):
+        unknown = unknown_words(pipe.tokenizer, text)
+        if unknown:
+            raise HTTPException(422, f"Words that the embedded pipeline was not trained on: {', '.join(unknown)}.")
+
+
+def ready(artifact: Path | None, *, compiled: bool = True) -> Any:
+    """The embedded pipeline, gated, with all graphs that it will need."""
+    pipe: Any = demo.load()
+    pipe.set_progress_bar_config(disable=True)
+    if artifact is not None:
+        return tgate_fx.load(pipe, artifact)
+    if not compiled:
+        return tgate_fx.gate(pipe)
+    tgate_fx.compile(pipe)
+    tgate_fx.warmup(pipe, height=SIZE, width=SIZE)
+    return pipe
+
+
+@click.command()
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", default=8000, show_default=True)
+@click.option("--artifact", type=click.Path(path_type=Path), help="Made by tgate_fx.save; compiled anew without it.")
+@click.option("--compile/--no-compile", "compiled", default=True)
+def main(host: str, port: int, artifact: Path | None, compiled: bool) -> None:
+    """Serve images of the embedded pipeline."""
+    pipe = ready(artifact, compiled=compiled)
+    uvicorn.run(application(pipe, generator(pipe)), host=host, port=port)
+
+
+if __name__ == "__main__":
+    main()
