@@ -12,6 +12,7 @@ which the next request is served as usual. A client that goes away is not genera
 from __future__ import annotations
 
 import asyncio
+import copy
 import io
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
@@ -141,6 +142,8 @@ def application(pipe: Any, generate: Generate, *, queue_length: int = 32) -> Fas
         queue_length: how many requests may wait.
     """
     queue = Queue(generate, queue_length)
+    # A tokenizer keeps how it pads from call to call: that of the pipeline is for the thread that generates.
+    tokenizer = copy.deepcopy(pipe.tokenizer)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -154,7 +157,7 @@ def application(pipe: Any, generate: Generate, *, queue_length: int = 32) -> Fas
 
     @app.post("/images", response_class=Response)
     async def images(asked: ImageRequest, request: Request) -> Response:
-        _check(pipe, asked)
+        _check(tokenizer, asked)
         image = await queue.ask(asked, request)
         png = io.BytesIO()
         image.save(png, "PNG")
@@ -167,10 +170,10 @@ def application(pipe: Any, generate: Generate, *, queue_length: int = 32) -> Fas
     return app
 
 
-def _check(pipe: Any, asked: ImageRequest) -> None:
+def _check(tokenizer: Any, asked: ImageRequest) -> None:
     """Refuse what the pipeline was not trained on; most would rather have it refused than drawn wrongly."""
     for text in filter(None, (asked.prompt, asked.negative_prompt)):
-        unknown = unknown_words(pipe.tokenizer, text)
+        unknown = unknown_words(tokenizer, text)
         if unknown:
             raise HTTPException(422, f"Words that the embedded pipeline was not trained on: {', '.join(unknown)}.")
 
