@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import tgate_fx
 from tests import tiny
 from tests.conftest import CountingBackend
 from tgate_fx.settings import CompileSettings
+from tgate_fx.slots import Replacement
 
 _FIRST = ("sd", "sdxl", "pixart-alpha", "svd")
 SETTINGS = [
@@ -62,6 +64,17 @@ def test_a_pipeline_that_shares_the_denoiser_is_compiled_whole(backend: Counting
     tgate_fx.restore(first)
     tgate_fx.restore(second)
     assert not [module for module in first.unet.modules() if "forward" in vars(module)]
+
+
+def test_a_copied_block_is_a_plain_module(backend: CountingBackend) -> None:
+    """As a copied site is: the copy has nothing to do with the denoiser any more."""
+    pipe = tgate_fx.compile(tiny.make("sd"), gate_step=2, backend=backend, regional=True)
+    block = pipe.unet.mid_block
+    twin = copy.deepcopy(block)
+    assert not [module for module in twin.modules() if isinstance(vars(module).get("forward"), Replacement)]
+    hidden, embedding, text = torch.randn(1, 32, 4, 4), torch.randn(1, 64), torch.randn(1, 3, tiny.TEXT_WIDTH)
+    expected = block(hidden, embedding, encoder_hidden_states=text)
+    assert torch.equal(twin(hidden, embedding, encoder_hidden_states=text), expected)
 
 
 def test_dynamic_shapes_need_no_graph_of_their_own(backend: CountingBackend) -> None:

@@ -87,56 +87,22 @@ class Variant:
         return result
 
 
-class GraphCount:
-    """Counts the graphs that are compiled for a pipeline.
+class Compiled:
+    """The functions that are compiled for a pipeline, and how many graphs they have.
 
     Attributes:
         graphs: how many there were so far.
         recompiles: how many of them in this generation, for a phase that had one before it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, settings: CompileSettings) -> None:
+        self._settings = settings
+        self._variants: dict[object, Variant] = {}
+        self._device = torch.device("cpu")
         self._compiled: set[Roles] = set()
         self._compiled_before: set[Roles] = set()
         self.graphs = 0
         self.recompiles = 0
-
-    def begin_counting(self) -> None:
-        """Begin a generation."""
-        self._compiled_before = set(self._compiled)
-        self.recompiles = 0
-
-    def note_compilation(self, roles: Roles, graphs: int) -> None:
-        """Count graphs that were compiled for a phase."""
-        self.graphs += graphs
-        if roles in self._compiled_before:
-            self.recompiles += graphs
-        self._compiled.add(roles)
-
-
-class CompiledPhases(GraphCount):
-    """Runs each phase through torch.compile.
-
-    Guards are what torch.compile checks at every call, to see that a graph still fits the modules and inputs it was
-    made for. Within one generation they are checked at a phase's first step, and after that only the form of the inputs
-    is. Where anything but known code may change the modules between two steps (`tgate_fx.trust`), they are checked at
-    every step.
-
-    """
-
-    def __init__(
-        self, function_of: Callable[[Roles], PhaseFunction], denoiser: nn.Module, settings: CompileSettings
-    ) -> None:
-        super().__init__()
-        self._function_of = function_of
-        self._denoiser = denoiser
-        self._settings = settings
-        self._variants: dict[object, Variant] = {}
-        self._checked: dict[Variant, object] = {}  # the form of the inputs its guards were last checked with
-        self._trusted = False
-        self._held = HeldWeights(denoiser)
-        self._device = torch.device("cpu")
-        self._replays = False
 
     def describe(self) -> str:
         """The torch.compile settings in force."""
@@ -144,9 +110,55 @@ class CompiledPhases(GraphCount):
 
     def begin(self, *, trusted: bool) -> None:
         """Begin a generation; ``trusted`` if nothing changes the denoiser between its steps."""
+        self._compiled_before = set(self._compiled)
+        self.recompiles = 0
+
+    def _run_guarded(
+        self, key: object, step: Step, new_variant: Callable[[], Variant], args: tuple[Any, ...]
+    ) -> tuple[Variant, Any]:
+        """Run the function that there is under this key with every guard checked, compiling if need be."""
+        variant = self._variants.get(key) or new_variant()
+        before = variant.graphs
+        try:
+            result = variant(*args)
+        except torch._dynamo.exc.FailOnRecompileLimitHit:  # modules changed more often than one function may follow
+            variant, before = new_variant(), 0
+            result = variant(*args)
+        self._variants[key] = variant
+        compiled = variant.graphs - before
+        if compiled > 0:
+            self.graphs += compiled
+            if step.roles in self._compiled_before:
+                self.recompiles += compiled
+            self._compiled.add(step.roles)
+        return variant, result
+
+
+class CompiledPhases(Compiled):
+    """Runs each phase through torch.compile.
+
+    Guards are what torch.compile checks at every call, to see that a graph still fits the modules and inputs it was
+    made for. Within one generation they are checked at a phase's first step, and after that only the form of the inputs
+    is. Where anything but known code may change the modules between two steps (`tgate_fx.trust`), they are checked at
+    every step.
+    """
+
+    def __init__(
+        self, function_of: Callable[[Roles], PhaseFunction], denoiser: nn.Module, settings: CompileSettings
+    ) -> None:
+        super().__init__(settings)
+        self._function_of = function_of
+        self._denoiser = denoiser
+        self._checked: dict[Variant, object] = {}  # the form of the inputs its guards were last checked with
+        self._trusted = False
+        self._held = HeldWeights(denoiser)
+        self._replays = False
+
+    def begin(self, *, trusted: bool) -> None:
+        """Begin a generation; ``trusted`` if nothing changes the denoiser between its steps."""
+        super().begin(trusted=trusted)
         self._trusted = trusted
         self._checked = {}
-        self.begin_counting()
 
     def __call__(self, step: Step, cache: Cache, inputs: dict[str, Any]) -> PhaseResult:
         """Run one step; see `tgate_fx.dispatch.Phases`."""
@@ -174,25 +186,18 @@ class CompiledPhases(GraphCount):
         self._replays = self._settings.replays(self._device)
         if not self._checked:  # the first step of a generation, or every one of a generation that is not trusted
             self._drop_stale()
-        variant = self._variants.get(key) or self._new_variant(step, latents)
-        before = variant.graphs
-        try:
-            result: PhaseResult = variant(cache, (), inputs)
-        except torch._dynamo.exc.FailOnRecompileLimitHit:  # modules changed more often than one function may follow
-            variant, before = self._new_variant(step, latents), 0
-            result = variant(cache, (), inputs)
-        self._variants[key] = variant
+
+        def new_variant() -> Variant:
+            function = self._function_of(step.roles)
+            variant = Variant(function, f"{step.phase} phase", self._settings, self._device, self._held)
+            variant.layout = memory_format(latents)
+            return variant
+
+        variant, result = self._run_guarded(key, step, new_variant, (cache, (), inputs))
         if self._trusted:
             self._checked[variant] = form
-        if variant.graphs > before:
-            self.note_compilation(step.roles, variant.graphs - before)
-        return result
-
-    def _new_variant(self, step: Step, latents: torch.Tensor) -> Variant:
-        function = self._function_of(step.roles)
-        variant = Variant(function, f"{step.phase} phase", self._settings, latents.device, self._held)
-        variant.layout = memory_format(latents)
-        return variant
+        phase_result: PhaseResult = result
+        return phase_result
 
     def _drop_stale(self) -> None:
         """Forget graphs that hold weights which the denoiser no longer has."""

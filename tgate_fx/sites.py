@@ -108,7 +108,33 @@ class RoleTable:
         return Role.LIVE if self.roles is None or index >= len(self.roles) else self.roles[index]
 
 
-class Site(Replacement):
+class Part(Replacement):
+    """What stands in the forward slot of one module of a denoiser that has sites.
+
+    Attributes:
+        inner: the module's own forward.
+    """
+
+    def __init__(self, sites: Sites, module: nn.Module) -> None:
+        self._sites = sites
+        self._slot = ForwardSlot(module, self)
+        self.inner = self._slot.inner
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        # In a module that is copied without its denoiser, what is kept is its own forward.
+        return super().__deepcopy__(memo) if self._sites.within(memo) else copy.deepcopy(self.inner, memo)
+
+    @property
+    def is_outermost(self) -> bool:
+        """Whether a call of the module comes here first, and not to some other forward put on top."""
+        return self._slot.is_outermost
+
+    def remove(self) -> None:
+        """Give the module its own ``forward`` back."""
+        self._slot.remove()
+
+
+class Site(Part):
     """One module whose output may be cached; callable in place of the module's ``forward``.
 
     Attributes:
@@ -119,15 +145,13 @@ class Site(Replacement):
     """
 
     def __init__(self, sites: Sites, name: str, kind: int, module: nn.Module, branch: int | None = None) -> None:
-        self._sites = sites
+        self.__signature__ = inspect.signature(module.forward)
+        super().__init__(sites, module)
         self._index = len(sites.sites)
         self.place: int | None = None
         self.name = name
         self.kind = kind
         self.branch = branch
-        self.__signature__ = inspect.signature(module.forward)
-        self._slot = ForwardSlot(module, self)
-        self.inner = self._slot.inner
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module, in place of its ``forward``, as its role says."""
@@ -146,10 +170,6 @@ class Site(Replacement):
         if self.place is not None and self._sites.block.roles is not None:
             return self._sites.block, self.place
         return self._sites, self._index
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        # A module copied without its denoiser is no site: what it keeps is its own forward.
-        return super().__deepcopy__(memo) if self._sites.within(memo) else copy.deepcopy(self.inner, memo)
 
     def _cached(self, value: Any) -> Any:
         return value.clone() if self.kind == _DEEP else value
@@ -175,15 +195,6 @@ class Site(Replacement):
                 f"{self.name} is named as a cross-attention but was given no text to attend to: expected one that is. "
                 "Call the denoiser with its text, or leave this model ungated."
             )
-
-    @property
-    def is_outermost(self) -> bool:
-        """Whether a call of the module comes here first, and not to some other forward put on top."""
-        return self._slot.is_outermost
-
-    def remove(self) -> None:
-        """Give the module its own ``forward`` back."""
-        self._slot.remove()
 
 
 class TupleSite(Site):

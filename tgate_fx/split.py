@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .errors import ArgumentError, StateError
-from .sites import KINDS, Role, Roles, Sites
+from .sites import KINDS, Role, Roles, RoleTable, Sites
 
 Cache = tuple[Sequence[torch.Tensor], ...]  # for each kind of site, a tensor for each site; () for a kind not reused
 PhaseResult = tuple[Any, Cache]
@@ -30,18 +30,8 @@ def phase_function(sites: Sites, forward: Callable[..., Any], roles: Roles, bran
         ``captured`` holds the same for each kind that is CAPTURE, in site order. It sets the roles inside itself, so
         that torch.compile sees them as constants: no guard, one graph for each phase.
     """
-    site_roles = sites.assign(roles, branch)
-    reused, captured = (
-        tuple(
-            tuple(
-                index
-                for index, (site, role) in enumerate(zip(sites.sites, site_roles, strict=True))
-                if site.kind == kind and role is wanted
-            )
-            for kind in range(len(KINDS))
-        )
-        for wanted in (Role.REUSE, Role.CAPTURE)
-    )
+    kinds = [[index for index, site in enumerate(sites.sites) if site.kind == kind] for kind in range(len(KINDS))]
+    in_roles = run_in_roles(sites, sites.assign(roles, branch), kinds)
 
     def run(cache: Cache, args: Sequence[Any], kwargs: dict[str, Any]) -> PhaseResult:
         if sites.removed:
@@ -49,15 +39,39 @@ def phase_function(sites: Sites, forward: Callable[..., Any], roles: Roles, bran
                 "This phase was called after its sites were taken off the denoiser by tgate_fx.restore: expected them "
                 "on it. Call tgate_fx.split again."
             )
-        values: list[Any] = [None] * len(site_roles)
+        return in_roles(forward, cache, args, kwargs)
+
+    return run
+
+
+def run_in_roles(
+    table: RoleTable, roles: tuple[Role, ...], groups: Sequence[Sequence[int]]
+) -> Callable[[Callable[..., Any], Cache, Sequence[Any], dict[str, Any]], PhaseResult]:
+    """The function ``(forward, cache, args, kwargs) -> (output, captured)`` that runs a forward with these roles.
+
+    Args:
+        table: where its sites look for their roles.
+        roles: one for each site.
+        groups: the sites in the order in which ``cache`` and ``captured`` hold their tensors, group by group.
+
+    Returns:
+        It sets the roles while it runs, so that torch.compile sees them as constants.
+    """
+    reused, captured = (
+        [[index for index in group if roles[index] is wanted] for group in groups]
+        for wanted in (Role.REUSE, Role.CAPTURE)
+    )
+
+    def run(forward: Callable[..., Any], cache: Cache, args: Sequence[Any], kwargs: dict[str, Any]) -> PhaseResult:
+        values: list[Any] = [None] * len(roles)
         for held, indices in zip(cache, reused, strict=True):
             for value, index in zip(held, indices, strict=True):
                 values[index] = value
-        sites.roles, sites.values = site_roles, values
+        table.roles, table.values = roles, values
         try:
             output = forward(*args, **kwargs)
         finally:
-            sites.roles, sites.values = None, []
+            table.roles, table.values = None, []
         return output, tuple([tuple([values[index] for index in indices]) for indices in captured])
 
     return run

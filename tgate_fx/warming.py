@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .compiler import GraphCount
+from .compiler import Compiled
 from .errors import ArgumentError, StateError
 from .gated import Gated
 from .report import Report
@@ -55,7 +55,7 @@ def call_for(
 ) -> tuple[Gated, dict[str, Any]]:
     """The gate of a compiled pipeline, and what to call it with for images of this size; see `warmup`."""
     gated = Gated.of(pipe)
-    if gated is None or not isinstance(gated.compiled, GraphCount):
+    if gated is None or not isinstance(gated.compiled, Compiled):
         raise StateError(
             f"This {type(pipe).__name__} is not compiled: expected one given to tgate_fx.compile. There is nothing to "
             "compile ahead for any other."
