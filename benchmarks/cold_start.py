@@ -35,6 +35,8 @@ WAYS = {
     "unfrozen": "compiled without freezing, from nothing",
 }
 
+_FINDS_CACHES_OF = {"cached": "compiled", "regional-cached": "regional"}
+
 
 def child(way: str, arch: str, size: int, steps: int, gate: int, work: Path, started: float) -> None:
     """One process: print what it measured as JSON."""
@@ -42,8 +44,6 @@ def child(way: str, arch: str, size: int, steps: int, gate: int, work: Path, sta
 
     def mark(name: str) -> None:
         times[name] = time.time() - started
-
-    import torch
 
     import tgate_fx
     from tgate_fx.bench.machine import peak_gib
@@ -66,13 +66,7 @@ def child(way: str, arch: str, size: int, steps: int, gate: int, work: Path, sta
     else:
         for name in ("first", "second"):
             begun = time.perf_counter()
-            latents = pipe(
-                **workload.inputs,
-                num_inference_steps=steps,
-                generator=torch.Generator().manual_seed(0),
-                output_type="latent",
-                return_dict=False,
-            )[0]
+            latents = workload.latents(pipe, steps)
             times[f"{name}_image_seconds"] = time.perf_counter() - begun
             mark(f"{name}_image")
         report = tgate_fx.report(pipe)
@@ -86,11 +80,7 @@ def child(way: str, arch: str, size: int, steps: int, gate: int, work: Path, sta
 
 def run(way: str, options: list[str], work: Path) -> dict[str, Any]:
     """Run one way in a process of its own, with torch's caches of its kind."""
-    cache = work / (
-        "cache-regional" if way.startswith("regional") else f"cache-{'unfrozen' if way == 'unfrozen' else ''}"
-    )
-    if way in ("save", "loaded"):
-        cache = work / "cache-artifact"
+    cache = work / f"cache-{_FINDS_CACHES_OF.get(way, way)}"
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache), "TMPDIR": str(work)}
     command = [sys.executable, "-m", "benchmarks.cold_start", *options, "--work", str(work), "--way", way]
     result = subprocess.run(

@@ -27,18 +27,7 @@ _TOLERANCE = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.2}  # of the large
 
 def generate(pipe: Any, workload: Workload, seed: int) -> torch.Tensor:
     """The latents of one image."""
-    latents: torch.Tensor = pipe(
-        **{name: _on_gpu(value) for name, value in workload.inputs.items()},
-        num_inference_steps=workload.steps,
-        gate_step=workload.gates[0],
-        generator=torch.Generator("cuda").manual_seed(seed),
-        output_type="latent",
-    ).images
-    return latents.float()
-
-
-def _on_gpu(value: Any) -> Any:
-    return value.cuda() if isinstance(value, torch.Tensor) else value
+    return workload.latents(pipe, workload.steps, seed=seed, device="cuda", gate_step=workload.gates[0]).float()
 
 
 def recordings() -> int:

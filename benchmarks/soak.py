@@ -26,7 +26,7 @@ from tqdm import trange
 
 import tgate_fx
 from tgate_fx import demo
-from tgate_fx.bench.machine import machine
+from tgate_fx.bench.machine import machine, peak_gib
 from tgate_fx.demo.scenes import random_scene
 
 RESULTS = Path(__file__).parent / "results" / "soak.json"
@@ -153,7 +153,7 @@ def _resident() -> int:
     statm = Path("/proc/self/statm")
     if statm.exists():
         return int(statm.read_text().split()[1]) * resource.getpagesize()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak_gib() * 2**30)
 
 
 @click.command()

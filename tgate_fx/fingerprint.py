@@ -48,16 +48,25 @@ def processor(device: torch.device) -> dict[str, str]:
             "name": torch.cuda.get_device_name(device),
             "capability": ".".join(map(str, torch.cuda.get_device_capability(device))),
         }
-    return {"device": device.type, "capability": torch.backends.cpu.get_cpu_capability(), "instructions": _flags()}
+    return {
+        "device": device.type,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "instructions": _instructions(),
+    }
+
+
+def cpuinfo(key: str) -> str:
+    """What Linux says of the first processor under this key; empty if it says nothing."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), "")
 
 
 @functools.cache
-def _flags() -> str:
-    """The vector and matrix instructions that Linux says this processor has; empty elsewhere."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    flags = next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), [])
+def _instructions() -> str:
+    """The vector and matrix instructions that Linux says this processor has."""
     kinds = ("avx", "amx", "fma", "f16c", "sse4", "asimd", "sve", "bf16", "i8mm")
+    flags = (cpuinfo("flags") or cpuinfo("Features")).split()  # x86 or ARM
     return " ".join(sorted(flag for flag in flags if flag.startswith(kinds)))
 
 

@@ -62,26 +62,13 @@ class Contender:
         )
 
 
-def _latents(call: Callable[..., Any], workload: Workload, steps: int, **more: Any) -> torch.Tensor:
-    result = call(
-        **workload.inputs,
-        num_inference_steps=steps,
-        generator=torch.Generator().manual_seed(0),
-        output_type="latent",
-        return_dict=False,
-        **more,
-    )
-    latents: torch.Tensor = result if isinstance(result, torch.Tensor) else result[0]
-    return latents
-
-
 def _diffusers(**settings: Any) -> Prepare:
     """Diffusers' own pipeline; with settings, its denoiser compiled."""
 
     def prepare(pipe: Any, workload: Workload) -> Generate:
         if settings:
             _compile_denoiser(pipe, **settings)
-        return lambda steps, gate: _latents(pipe, workload, steps)
+        return lambda steps, gate: workload.latents(pipe, steps)
 
     return prepare
 
@@ -103,9 +90,8 @@ def _cutoff(**settings: Any) -> Prepare:
         def generate(steps: int, gate: int) -> torch.Tensor:
             # It takes effect after the step with this index: the step `gate` is the first without guidance.
             callback = cls(cutoff_step_ratio=None, cutoff_step_index=gate - 1)
-            return _latents(
+            return workload.latents(
                 pipe,
-                workload,
                 steps,
                 callback_on_step_end=callback,
                 callback_on_step_end_tensor_inputs=cls.tensor_inputs,
@@ -132,7 +118,7 @@ def _tgate(*, compiled: bool = False, deepcache: bool = False, intervals: Mappin
             pipe = getattr(tgate, loader)(pipe)
         if compiled:
             _compile_denoiser(pipe)
-        return lambda steps, gate: _latents(pipe.tgate, workload, steps, gate_step=gate, **intervals)
+        return lambda steps, gate: workload.latents(pipe.tgate, steps, gate_step=gate, **intervals)
 
     return prepare
 
@@ -142,7 +128,7 @@ def _deepcache(pipe: Any, workload: Workload) -> Generate:
     helper = importlib.import_module("DeepCache").DeepCacheSDHelper(pipe=pipe)
     helper.set_params(cache_interval=DEEPCACHE.interval, cache_branch_id=DEEPCACHE.branch)
     helper.enable()
-    return lambda steps, gate: _latents(pipe, workload, steps)
+    return lambda steps, gate: workload.latents(pipe, steps)
 
 
 def _openvino(pipe: Any, workload: Workload) -> Generate:
@@ -150,14 +136,14 @@ def _openvino(pipe: Any, workload: Workload) -> Generate:
     from .openvino import convert
 
     convert(find_denoiser(pipe)[1], workload.dtype)
-    return lambda steps, gate: _latents(pipe, workload, steps)
+    return lambda steps, gate: workload.latents(pipe, steps)
 
 
 def _tgate_fx_on_openvino(pipe: Any, workload: Workload) -> Generate:
     from .openvino import settings
 
     tgate_fx.compile(pipe, **settings(workload.dtype))
-    return lambda steps, gate: _latents(pipe, workload, steps, gate_step=gate)
+    return lambda steps, gate: workload.latents(pipe, steps, gate_step=gate)
 
 
 def _tgate_fx(
@@ -170,7 +156,7 @@ def _tgate_fx(
             tgate_fx.gate(pipe, deepcache=deepcache, **intervals)
         else:
             tgate_fx.compile(pipe, deepcache=deepcache, **intervals, **compile_settings)
-        return lambda steps, gate: _latents(pipe, workload, steps, gate_step=gate)
+        return lambda steps, gate: workload.latents(pipe, steps, gate_step=gate)
 
     return prepare
 

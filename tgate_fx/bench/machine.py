@@ -9,10 +9,11 @@ import resource
 import statistics
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from ..fingerprint import cpuinfo
 
 _PACKAGES = ("torch", "diffusers", "transformers", "tgate_fx", "tgate", "DeepCache", "openvino")
 
@@ -22,7 +23,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": processor(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "bfloat16_instructions": bool({"avx512_bf16", "amx_bf16"} & set(_cpuinfo("flags").split())),
+        "bfloat16_instructions": bool({"avx512_bf16", "amx_bf16"} & set(cpuinfo("flags").split())),
         "threads": torch.get_num_threads(),
         "memory_gib": round(memory_gib(), 1),
         "python": platform.python_version(),
@@ -32,14 +33,7 @@ def machine() -> dict[str, Any]:
 
 def processor() -> str:
     """What the processor calls itself."""
-    return _cpuinfo("model name") or platform.processor() or platform.machine()
-
-
-def _cpuinfo(key: str) -> str:
-    """What Linux says of the first processor under this key; empty if it says nothing."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), "")
+    return cpuinfo("model name") or platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str | None:

@@ -124,3 +124,21 @@ class Workload:
             more = {f"{side}_attention_mask": torch.ones(1, architecture.tokens) for side in sides}
             more |= {"use_resolution_binning": False, "negative_prompt": None}
         return {**text, **more, "height": 8 * self.size, "width": 8 * self.size}
+
+    def latents(
+        self, call: Callable[..., Any], steps: int, *, seed: int = 0, device: str = "cpu", **more: Any
+    ) -> torch.Tensor:
+        """The latents that a call of a pipeline ends with, given `inputs` and ``more``."""
+        inputs = {
+            name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in self.inputs.items()
+        }
+        result = call(
+            **inputs,
+            num_inference_steps=steps,
+            generator=torch.Generator(device).manual_seed(seed),
+            output_type="latent",
+            return_dict=False,
+            **more,
+        )
+        latents: torch.Tensor = result if isinstance(result, torch.Tensor) else result[0]
+        return latents
