@@ -172,9 +172,9 @@ def check_gate_step(value: object) -> None:
     )
 
 
-def check_count(name: str, value: object, *, least: int) -> None:
+def check_count(name: str, value: object, *, least: int, of: str = "steps") -> None:
     """Raise `ArgumentError` unless ``value`` is an int ≥ ``least``."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ArgumentError(
-            f"{name}={value!r} ({type(value).__name__}) is not a number of steps: expected an int ≥ {least}."
+            f"{name}={value!r} ({type(value).__name__}) is not a number of {of}: expected an int ≥ {least}."
         )

@@ -13,7 +13,7 @@ from .compiler import Compiled
 from .errors import ArgumentError, StateError
 from .gated import Gated
 from .report import Report
-from .schedule import Schedule
+from .schedule import Schedule, check_count
 from .sites import Roles
 
 _TRIES = 4
@@ -77,8 +77,7 @@ def reach_every_phase(pipe: Any, gated: Gated, call: dict[str, Any], doing: str)
     Raises:
         StateError: not every phase was reached.
     """
-    wanted = _phases(gated.schedule, _horizon(gated.schedule))
-    steps, gate = _shortest(gated.schedule, wanted)
+    wanted, steps, gate = _shortest(gated.schedule)
     defaults = {"output_type": "latent", "generator": torch.Generator().manual_seed(0)}
     call = {**{name: value for name, value in defaults.items() if name in gated.parameters}, **call}
     with _progress_bar(pipe, f"tgate_fx: {doing}"):
@@ -101,35 +100,28 @@ def _prompts(pipe: Any, gated: Gated, batch_size: int | None, inputs: dict[str, 
             f"{'together with ' + given[0] if given else 'which takes no prompts'}: expected prompts to be made up "
             "that many times. Leave it out, and give as many inputs as there shall be."
         )
-    if batch_size is not None and (not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1):
-        raise ArgumentError(f"batch_size={batch_size!r} is not a number of prompts: expected an int ≥ 1.")
+    if batch_size is not None:
+        check_count("batch_size", batch_size, least=1, of="prompts")
     return {} if given or "prompt" not in gated.parameters else {"prompt": [""] * (batch_size or 1)}
 
 
-def _horizon(schedule: Schedule) -> int:
-    """So many steps that all of this schedule's phases are among them."""
-    gate = schedule.gate_step if isinstance(schedule.gate_step, int) else 2 * _period(schedule)
-    return gate + 2 * _period(schedule)
-
-
-def _period(schedule: Schedule) -> int:
-    return max(schedule.sp_interval, schedule.fi_interval, schedule.deep_interval or 1) + schedule.warm_up + 1
+def _shortest(schedule: Schedule) -> tuple[set[Roles], int, int | None]:
+    """All phases of a schedule, the fewest steps, and the gate among them, with which they all run."""
+    period = max(schedule.sp_interval, schedule.fi_interval, schedule.deep_interval or 1) + schedule.warm_up + 1
+    share = isinstance(schedule.gate_step, float)  # of a number of steps that is not known yet
+    own = replace(schedule, gate_step=2 * period) if share else schedule
+    most = int(own.gate_step or 0) + 2 * period
+    wanted = _phases(own, most)
+    return next(
+        (wanted, steps, gate)
+        for steps in range(1, most + 1)
+        for gate in ([None] if own.gate_step is None else range(1, steps))
+        if wanted <= _phases(replace(own, gate_step=gate), steps)
+    )
 
 
 def _phases(schedule: Schedule, steps: int) -> set[Roles]:
-    settled = schedule.resolve(steps)
-    return {settled.at(index).roles for index in range(steps)}
-
-
-def _shortest(schedule: Schedule, wanted: set[Roles]) -> tuple[int, int | None]:
-    """The fewest steps, and the gate among them, with which all of these phases run."""
-    for steps in range(1, _horizon(schedule)):
-        for gate in [None] if schedule.gate_step is None else range(1, steps):
-            if wanted <= _phases(replace(schedule, gate_step=gate), steps):
-                return steps, gate
-    settled = schedule.resolve(_horizon(schedule))
-    assert not isinstance(settled.gate_step, float)
-    return _horizon(schedule), settled.gate_step
+    return {schedule.at(index).roles for index in range(steps)}
 
 
 @contextmanager
