@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor
+from torch import nn
 
 import tgate_fx
 from tests import tiny
@@ -72,6 +73,22 @@ def test_it_generates_in_another_process(artifact: Path) -> None:
     kwargs = {**tiny.inputs("sd"), **SIZE, "num_inference_steps": 5}
     expected = tiny.latents(tgate_fx.load(made(), artifact), **kwargs).double().sum().item()
     assert float(result.stdout) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.inductor
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.*:FutureWarning")  # by torch itself
+def test_packages_without_freezing_read_the_pipelines_own_weights(tmp_path: Path) -> None:
+    pipe = tgate_fx.compile(made(), gate_step=3, options={"freezing": False})
+    path = tgate_fx.save(pipe, tmp_path / "unfrozen", **SIZE)
+    pipe, eager = tgate_fx.load(made(), path), tgate_fx.gate(made(), gate_step=3)
+    kwargs = {**tiny.inputs("sd"), **SIZE, "num_inference_steps": 6}
+    for change in (lambda weight: weight, lambda weight: weight.mul_(1.5), lambda weight: weight.clone() * 0.5):
+        for each in (pipe, eager):
+            conv = each.unet.conv_in
+            conv.weight = nn.Parameter(change(conv.weight.detach()), requires_grad=False)
+        assert relative_error(tiny.latents(pipe, **kwargs), tiny.latents(eager, **kwargs)) < 1e-4
+    assert json.loads((path / "manifest.json").read_text())["weights"] is None
 
 
 def other_weights(pipe: Any) -> None:

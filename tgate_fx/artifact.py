@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,9 +23,9 @@ from .errors import ArgumentError, CompileError, StateError, UnsupportedError
 from .gated import Gated
 from .held import checksum
 from .packages import Package, PackagedPhases, form_of, ordered
-from .phase_graph import Example, trace
+from .phase_graph import Example
 from .schedule import Schedule
-from .settings import CompileSettings
+from .settings import CompileSettings, inductor_options
 from .sites import Role, Roles
 from .warming import call_for, reach_every_phase
 
@@ -67,18 +66,20 @@ def save(
     gated, call = call_for(pipe, height, width, batch_size, inputs)
     settings = gated.settings
     assert settings is not None
-    _check_settings(settings, gated.denoiser)
+    device = next(gated.denoiser.parameters()).device
+    _check_settings(settings, device)
     with gated.eagerly():
         reach_every_phase(pipe, gated, call, "looking at each phase")
     assert gated.run is not None
     examples = list(gated.run.examples.values())
-    device = next(gated.denoiser.parameters()).device
     frozen = settings.freezes(device)
+    options = inductor_options(settings.mode, settings.options_for(device))
+    options |= {"aot_inductor.package": True, "aot_inductor.package_constants_in_so": frozen}
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as made:
         folder = Path(made) / "artifact"
         folder.mkdir()
-        phases = [_compile(gated, settings, example, folder / f"{index}.pt2") for index, example in enumerate(examples)]
+        phases = [_compile(gated, example, options, folder / f"{index}.pt2") for index, example in enumerate(examples)]
         manifest = {
             "format": _FORMAT,
             "torch": torch.__version__,
@@ -117,23 +118,18 @@ def load(pipe: Pipeline, path: str | Path) -> Pipeline:
     """
     path = Path(path)
     manifest = _read(path)
-    if Gated.of(pipe) is not None:
-        raise StateError(
-            f"This {type(pipe).__name__} is gated already: expected a plain one. Call tgate_fx.restore(pipe) first."
-        )
     schedule = Schedule(**manifest["schedule"])
     interval, branch = schedule.deep_interval, manifest["deepcache"]
     deepcache = None if interval is None else DeepCache(interval=interval, branch=branch)
     gated = Gated(pipe, schedule, deepcache, None)
-    _check_environment(manifest, gated.denoiser)
-    for phase in manifest["phases"]:
-        _check_file(path / phase["file"], phase)
-
     frozen = manifest["weights"] is not None
+    _check_environment(manifest, gated.denoiser)
+    if frozen:
+        _check_parts("weights", manifest, fingerprint.weights(gated.denoiser))
     packages = _load_packages(path, manifest)
     gated.attach(pipe, PackagedPhases(gated.denoiser, packages, manifest["structure"], frozen=frozen))
     try:
-        _check_structure(manifest, gated.denoiser)
+        _check_parts("structure", manifest, fingerprint.structure(gated.denoiser))
     except StateError:
         gated.detach(pipe)
         raise
@@ -142,6 +138,8 @@ def load(pipe: Pipeline, path: str | Path) -> Pipeline:
 
 def _load_packages(path: Path, manifest: dict[str, Any]) -> dict[Roles, list[Package]]:
     packages: dict[Roles, list[Package]] = {}
+    for phase in manifest["phases"]:
+        _check_file(path / phase["file"], phase)
     for phase in manifest["phases"]:
         try:
             runner = torch._inductor.aoti_load_package(str(path / phase["file"])).loader
@@ -155,8 +153,7 @@ def _load_packages(path: Path, manifest: dict[str, Any]) -> dict[Roles, list[Pac
     return packages
 
 
-def _check_settings(settings: CompileSettings, denoiser: nn.Module) -> None:
-    device = next(denoiser.parameters()).device
+def _check_settings(settings: CompileSettings, device: torch.device) -> None:
     given = {
         f"backend={settings.backend!r}": settings.backend != "inductor",
         "regional=True": settings.regional,
@@ -171,17 +168,12 @@ def _check_settings(settings: CompileSettings, denoiser: nn.Module) -> None:
             )
 
 
-def _compile(gated: Gated, settings: CompileSettings, example: Example, path: Path) -> dict[str, Any]:
+def _compile(gated: Gated, example: Example, options: dict[str, Any], path: Path) -> dict[str, Any]:
     """Compile one phase into a package at ``path``; what the manifest says of it."""
     from torch._inductor.package.package import package_aoti  # takes seconds to import
 
-    example = example._replace(inputs=ordered(example.inputs))
-    graph = trace(gated.denoiser, gated.dispatch.sites, gated.dispatch.inner, gated.branch, example)
+    graph = gated.trace(example._replace(inputs=ordered(example.inputs)))
     arguments = graph.arguments()
-    device = next(gated.denoiser.parameters()).device
-    mode = torch._inductor.list_mode_options(settings.mode) if settings.mode else {}
-    options = {**mode, **(settings.options_for(device) or {}), "aot_inductor.package": True}
-    options["aot_inductor.package_constants_in_so"] = settings.freezes(device)
     with torch.no_grad():
         results = tree_structure(graph.module(*arguments))
         try:
@@ -241,19 +233,15 @@ def _check_environment(manifest: dict[str, Any], denoiser: nn.Module) -> None:
             )
 
 
-def _check_structure(manifest: dict[str, Any], denoiser: nn.Module) -> None:
+def _check_parts(what: str, manifest: dict[str, Any], now: dict[str, str]) -> None:
     """Raise `StateError` where a module or a weight of the denoiser is another."""
-    kinds: list[tuple[str, Callable[[nn.Module], dict[str, str]]]] = [("structure", fingerprint.structure)]
-    if manifest["weights"] is not None:
-        kinds.append(("weights", fingerprint.weights))
-    for what, describe in kinds:
-        changed = fingerprint.differences(manifest[what], describe(denoiser))
-        if changed:
-            raise StateError(
-                f"The {what} of {len(changed)} parts of the denoiser, such as {', '.join(changed[:3])}, are not those "
-                "that the artifact was saved with: expected the same model, dtype, weights, processors, adapters and "
-                "hooks. Load it on that pipeline, or save one of this."
-            )
+    changed = fingerprint.differences(manifest[what], now)
+    if changed:
+        raise StateError(
+            f"The {what} of {len(changed)} parts of the denoiser, such as {', '.join(changed[:3])}, are not those "
+            "that the artifact was saved with: expected the same model, dtype, weights, processors, adapters and "
+            "hooks. Load it on that pipeline, or save one of this."
+        )
 
 
 def _check_file(path: Path, said: dict[str, Any]) -> None:

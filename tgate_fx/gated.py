@@ -19,7 +19,7 @@ from .deepcache import DeepCache, find_deep_branch
 from .dispatch import Dispatch, EagerPhases, Phases, Run
 from .errors import StateError
 from .packages import PackagedPhases
-from .phase_graph import PhaseGraph, trace
+from .phase_graph import Example, PhaseGraph, trace
 from .regional import RegionalPhases, add_regions
 from .report import Report
 from .schedule import Schedule
@@ -51,11 +51,20 @@ class Gated:
         schedule: which phase each step is in.
         deepcache: the deep branch to cache, if any.
         settings: what torch.compile is given, or None to run eagerly.
+
+    Raises:
+        StateError: the pipeline is gated already.
+        UnsupportedError: it cannot be gated.
     """
 
     def __init__(
         self, pipe: Any, schedule: Schedule, deepcache: DeepCache | None, settings: CompileSettings | None
     ) -> None:
+        if Gated.of(pipe) is not None:
+            raise StateError(
+                f"This {type(pipe).__name__} is gated already: expected one that is not. Call tgate_fx.restore(pipe) "
+                "first; to change the gate for one call, use pipe(..., gate_step=...)."
+            )
         self.schedule = schedule
         self.branch = None if deepcache is None else deepcache.branch
         self.disabled = 0
@@ -203,13 +212,13 @@ class Gated:
                 "No generation has run since this pipeline was gated: expected one, since graphs are traced for inputs "
                 "like its own. Generate an image first; the fewest steps that reach every phase will do."
             )
-        dispatch = self.dispatch
-        with dispatch.lock:
-            traced = [
-                trace(self.denoiser, dispatch.sites, dispatch.inner, self.branch, of)
-                for of in self.run.examples.values()
-            ]
+        traced = map(self.trace, self.run.examples.values())
         return {graph.name: graph for graph in traced}
+
+    def trace(self, of: Example) -> PhaseGraph:
+        """The graph of a phase that was run like this."""
+        with self.dispatch.lock:
+            return trace(self.denoiser, self.dispatch.sites, self.dispatch.inner, self.branch, of)
 
     def report(self) -> Report:
         """The report on the last run; empty if there was none."""

@@ -73,6 +73,7 @@ class PackagedPhases:
         self._structure = structure
         self._by_form: dict[object, Package] = {}
         self._trusted = False
+        self._checked = False
         self._held = HeldWeights(denoiser) if frozen else None
         self._shared: list[int] = []  # where the weights are that packages read
         if self._held is not None:
@@ -85,12 +86,13 @@ class PackagedPhases:
     def begin(self, *, trusted: bool) -> None:
         """Begin a generation; ``trusted`` if nothing changes the denoiser between its steps."""
         self._trusted = trusted
-        self._check()
+        self._checked = False
 
     def __call__(self, step: Step, cache: Cache, inputs: dict[str, Any]) -> PhaseResult:
         """Run one step; see `tgate_fx.dispatch.Phases`."""
-        if not self._trusted:
+        if not self._checked:
             self._check()
+            self._checked = self._trusted
         inputs, form = canonical(inputs)
         name, latents = first_input(inputs)
         inputs[name] = latents.contiguous()
@@ -161,12 +163,12 @@ def tensors_of(cache: Cache, inputs: Inputs) -> list[torch.Tensor]:
 
 def form_of(cache: Cache, inputs: Inputs) -> dict[str, str]:
     """What a package is compiled for, by name: shapes, dtypes, devices, and values that are not tensors."""
-    forms = dict(_forms("", ordered(inputs)))
+    forms = dict(_forms("", inputs))
     return {**forms, "cache": repr([[_form(tensor) for tensor in held] for held in cache])}
 
 
 def _forms(path: str, value: Any) -> Iterator[tuple[str, str]]:
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         for name, item in value.items():
             yield from _forms(f"{path}.{name}" if path else name, item)
     elif isinstance(value, (list, tuple)):

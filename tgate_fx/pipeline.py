@@ -136,11 +136,6 @@ def _attach(
             f"deepcache={deepcache!r} ({type(deepcache).__name__}) is no setting for DeepCache: expected "
             "tgate_fx.DeepCache(interval=..., branch=...), or None."
         )
-    if Gated.of(pipe) is not None:
-        raise StateError(
-            f"This {type(pipe).__name__} is gated already: expected one that is not. Call tgate_fx.restore(pipe) "
-            "first; to change the gate for one call, use pipe(..., gate_step=...)."
-        )
     schedule = Schedule(
         gate_step,
         **intervals,

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from .settings import inductor_options
+
 
 class PrunedBackend:
     """A torch.compile backend, handed graphs without dead code and without the inputs that only dead code used.
@@ -54,9 +56,8 @@ class PrunedBackend:
 
     def _compile(self, graph: torch.fx.GraphModule, inputs: list[Any], kwargs: dict[str, Any]) -> Callable[..., Any]:
         if self._backend == "inductor":
-            # Inductor itself takes no mode: torch.compile turns it into options, but not for a backend like this one.
-            mode = torch._inductor.list_mode_options(kwargs["mode"]) if "mode" in kwargs else {}
-            kwargs = {"config_patches": {**mode, **kwargs.get("options", {})}}
+            # torch.compile turns a mode into options, but not for a backend like this one.
+            kwargs = {"config_patches": inductor_options(kwargs.get("mode"), kwargs.get("options"))}
         compiled: Callable[..., Any] = torch._dynamo.lookup_backend(self._backend)(graph, inputs, **kwargs)
         return compiled
 

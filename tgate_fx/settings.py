@@ -13,6 +13,11 @@ from .cache import has_cuda_graphs
 _CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
 
 
+def inductor_options(mode: str | None, options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What inductor itself takes, which knows no modes: the options that a mode stands for, and those given."""
+    return {**(torch._inductor.list_mode_options(mode) if mode else {}), **(options or {})}
+
+
 @dataclass(frozen=True)
 class CompileSettings:
     """What is handed on to torch.compile; ``fullgraph`` is always on.
