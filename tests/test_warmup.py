@@ -15,7 +15,7 @@ from tests.test_refusals import says
 SETTINGS = [
     ("sd", {}),
     pytest.param("sd", {"gate_step": 0.4}, marks=pytest.mark.slow),
-    ("sd", {"gate_step": 0.97}),
+    ("sd", {"gate_step": 0.97, "fi_interval": 2}),
     pytest.param("sd", {"gate_step": None}, marks=pytest.mark.slow),
     ("sd", {"sp_interval": 3, "fi_interval": 2, "warm_up": 2}),
     ("sd", {"deepcache": tgate_fx.DeepCache(interval=3, branch=0)}),
