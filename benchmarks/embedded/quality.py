@@ -162,8 +162,8 @@ def time(work: Path, rounds: int) -> None:
 def report(work: Path) -> None:
     """Put everything together: the JSON and the plot."""
     classifier = load_classifier()
-    reference = _drawn_features(classifier, _REFERENCE, seed=_SEED + 1)
-    floor = _drawn_features(classifier, 1000, seed=_SEED + 2)
+    reference, right_in_drawings = _drawn(classifier, _REFERENCE, seed=_SEED + 1)
+    floor, _ = _drawn(classifier, 1000, seed=_SEED + 2)
     seconds = json.loads((work / "seconds.json").read_text())
     rows = []
     for point in points():
@@ -188,6 +188,7 @@ def report(work: Path) -> None:
     result = {
         "what": "embedded pipeline, held-out captions, one prompt at a time for seconds",
         "steps": STEPS,
+        "classifier": {"drawings": _REFERENCE, "accuracy": right_in_drawings},
         "frechet_floor": frechet_distance(floor, reference),
         "machine": {"processor": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__},
         "diffusers": diffusers.__version__,
@@ -210,8 +211,11 @@ def _standard_error(right: np.ndarray) -> float:
     return float(np.sqrt((residual**2).sum()) / asked.sum())
 
 
-def _drawn_features(classifier: Any, count: int, *, seed: int) -> np.ndarray:
-    return read(classifier, normalised(pictures(scenes(count, seed=seed, held_out=True), seed)))[0]
+def _drawn(classifier: Any, count: int, *, seed: int) -> tuple[np.ndarray, float]:
+    """The features of drawings of held-out scenes, and the share of their attributes that the classifier reads right."""
+    drawn = scenes(count, seed=seed, held_out=True)
+    features, answers = read(classifier, normalised(pictures(drawn, seed)))
+    return features, float(np.nanmean(np.stack(list(right_answers(drawn, answers).values()))))
 
 
 def _series(rows: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
