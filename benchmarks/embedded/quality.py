@@ -212,7 +212,7 @@ def _standard_error(right: np.ndarray) -> float:
 
 
 def _drawn(classifier: Any, count: int, *, seed: int) -> tuple[np.ndarray, float]:
-    """The features of drawings of held-out scenes, and the share of their attributes that the classifier reads right."""
+    """The features of drawings of held-out scenes, and the share of attributes that the classifier gets right."""
     drawn = scenes(count, seed=seed, held_out=True)
     features, answers = read(classifier, normalised(pictures(drawn, seed)))
     return features, float(np.nanmean(np.stack(list(right_answers(drawn, answers).values()))))
