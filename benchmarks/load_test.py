@@ -47,6 +47,7 @@ BAD: tuple[dict[str, Any], ...] = (
     {"prompt": "a red star", "size": 9},
     {"prompt": "a red star " * 100},
 )
+_PATIENCE = 60.0  # seconds until a request without an answer is an error
 _FAILS = 2**62  # the seed at which generating fails
 _ENDED = {"finished", "failed", "left"}
 
@@ -69,7 +70,7 @@ def load(pipe: Any, requests: int, clients: int, *, steps: int, seed: int = 0) -
         started = time.perf_counter()
         answers = asyncio.run(_run(address, plans, clients))
         elapsed = time.perf_counter() - started
-        after = httpx.post(f"{address}/images", json=a_request(steps), timeout=600)
+        after = httpx.post(f"{address}/images", json=a_request(steps), timeout=_PATIENCE)
         counts = _settled_counts(address)
     assert after.status_code == 200, "the service no longer serves"
     seconds = []
@@ -150,7 +151,7 @@ def serving(pipe: Any, generate: Generate, queue_length: int = 10_000) -> Iterat
 async def _run(address: str, plans: list[tuple[str, dict[str, Any]]], clients: int) -> list[Any]:
     turn = asyncio.Semaphore(clients)
     limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=address, timeout=600, limits=limits) as client:
+    async with httpx.AsyncClient(base_url=address, timeout=_PATIENCE, limits=limits) as client:
 
         async def ask(kind: str, body: dict[str, Any]) -> tuple[int | None, bytes, float]:
             async with turn:

@@ -74,16 +74,18 @@ def test_the_emulation_catches_a_cache_that_is_a_graphs_output(
     assert torch.isnan(pipe(**kwargs).images).any()
 
 
-def test_the_emulation_catches_outputs_that_are_not_cloned(
-    replay: ReplayBackend, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Schedulers of several steps keep the model's outputs, which are a graph's."""
+def test_schedulers_that_keep_outputs_get_copies(replay: ReplayBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PNDM keeps the outputs of several steps, which are a graph's: without the copies they are lost."""
     pipe, eager = compiled("sd", replay), tgate_fx.gate(tiny.make("sd"), gate_step=3)
     for each in (pipe, eager):
-        each.scheduler = tiny.scheduler("DPMSolverMultistep")
+        each.scheduler = tiny.scheduler("PNDM")
+    kwargs = {**tiny.inputs("sd"), "num_inference_steps": 6, "guidance_scale": 1.0}
+    expected = tiny.latents(eager, **kwargs)
+    for _ in range(2):
+        assert torch.equal(tiny.latents(pipe, **kwargs), expected)
     monkeypatch.setattr(compiler, "tree_map_only", lambda _, __, output: output)
-    kwargs = {**tiny.inputs("sd"), "num_inference_steps": 6, "guidance_scale": 1.0, "output_type": "latent"}
-    assert not torch.equal(pipe(**kwargs).images, eager(**kwargs).images)
+    generator = torch.Generator().manual_seed(7)
+    assert not torch.equal(pipe(**kwargs, generator=generator, output_type="latent").images, expected)
 
 
 def test_the_emulation_catches_static_inputs_that_move() -> None:

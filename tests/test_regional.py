@@ -61,6 +61,10 @@ def test_a_pipeline_that_shares_the_denoiser_is_compiled_whole(backend: Counting
     for pipe in (first, second, first, second):
         assert torch.equal(tiny.latents(pipe, **kwargs), tiny.latents(eager, **kwargs))
     assert len(whole.graphs) == 2
+    ran = backend.ran
+    with torch.no_grad():
+        first.unet(torch.randn(1, 4, 16, 16), 1, torch.randn(1, 3, tiny.TEXT_WIDTH))
+    assert backend.ran == ran  # outside of a generation nothing is compiled
     tgate_fx.restore(first)
     tgate_fx.restore(second)
     assert not [module for module in first.unet.modules() if "forward" in vars(module)]
