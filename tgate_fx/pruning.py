@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from .linears import onednn_on_amd
 from .settings import inductor_options
 
 
@@ -58,7 +59,8 @@ class PrunedBackend:
         if self._backend == "inductor":
             # torch.compile turns a mode into options, but not for a backend like this one.
             kwargs = {"config_patches": inductor_options(kwargs.get("mode"), kwargs.get("options"))}
-        compiled: Callable[..., Any] = torch._dynamo.lookup_backend(self._backend)(graph, inputs, **kwargs)
+        with onednn_on_amd():
+            compiled: Callable[..., Any] = torch._dynamo.lookup_backend(self._backend)(graph, inputs, **kwargs)
         return compiled
 
 
