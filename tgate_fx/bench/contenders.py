@@ -147,7 +147,11 @@ def _tgate_fx_on_openvino(pipe: Any, workload: Workload) -> Generate:
 
 
 def _tgate_fx(
-    compile_settings: Mapping[str, Any] | None = None, deepcache: tgate_fx.DeepCache | None = None, **intervals: Any
+    compile_settings: Mapping[str, Any] | None = None,
+    deepcache: tgate_fx.DeepCache | None = None,
+    *,
+    gated: bool = True,
+    **intervals: Any,
 ) -> Prepare:
     """This library; eager without compile settings."""
 
@@ -156,7 +160,7 @@ def _tgate_fx(
             tgate_fx.gate(pipe, deepcache=deepcache, **intervals)
         else:
             tgate_fx.compile(pipe, deepcache=deepcache, **intervals, **compile_settings)
-        return lambda steps, gate: workload.latents(pipe, steps, gate_step=gate)
+        return lambda steps, gate: workload.latents(pipe, steps, gate_step=gate if gated else None)
 
     return prepare
 
@@ -214,8 +218,11 @@ CONTENDERS: dict[str, Contender] = {
     "gated-unfrozen": Contender(
         "tgate_fx, compiled without freezing", _tgate_fx(_UNFROZEN), _GATED, True, "tgate", "diffusers-compiled"
     ),
+    "ungated-compiled": Contender(
+        "tgate_fx, compiled, no gate", _tgate_fx({}, gated=False), reference="diffusers", copies=1
+    ),
     "gated-compiled": Contender(
-        "tgate_fx, compiled", _tgate_fx({}), _GATED, True, "tgate", "diffusers-frozen", copies=3
+        "tgate_fx, compiled", _tgate_fx({}), _GATED, True, "tgate", "ungated-compiled", copies=3
     ),
     "gated-openvino": Contender(
         "tgate_fx, OpenVINO", _tgate_fx_on_openvino, _GATED, True, "tgate", "openvino", copies=3
@@ -226,7 +233,7 @@ CONTENDERS: dict[str, Contender] = {
         _GATED_DEEP,
         True,
         "tgate-deepcache",
-        "diffusers-frozen",
+        "ungated-compiled",
         copies=4,
     ),
 }

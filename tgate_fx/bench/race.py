@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -58,8 +58,8 @@ class Race:
     gemm_gflops: list[float]
 
 
-def race(names: Sequence[str], workload: Workload, rounds: int) -> Race:
-    """Run every contender's images, taking turns, ``rounds`` times.
+def race(names: Sequence[str], workload: Workload, rounds: int, keep: Callable[[Race], None]) -> None:
+    """Run every contender's images, taking turns, ``rounds`` times; hand what there is to ``keep`` after each group.
 
     Each is first checked against its reference, which runs too if it was not asked for.
     """
@@ -77,7 +77,7 @@ def race(names: Sequence[str], workload: Workload, rounds: int) -> Race:
                     references[name] = runner.outcome.ready.latents
         for number, group in enumerate(groups(names, gib, 0.9 * memory_gib())):
             outcomes += _run_group(number, group, workload, denoiser, rounds, references, gemm, progress)
-    return Race(outcomes, gemm)
+            keep(Race(outcomes, gemm))
 
 
 def groups(names: Sequence[str], weights_gib: float, budget_gib: float) -> list[list[str]]:

@@ -62,7 +62,7 @@ def bench(
     from ..architectures import ARCHITECTURES
     from ..bench import plots, tables
     from ..bench.contenders import CONTENDERS, LADDER, applicable
-    from ..bench.race import race
+    from ..bench.race import Race, race
     from ..bench.results import results
 
     unknown = [name for name in only if name not in CONTENDERS]
@@ -77,9 +77,14 @@ def bench(
         raise click.UsageError(f"This needs {', '.join(missing)}: pip install 'tgate_fx[bench]'.")
     side = size or ARCHITECTURES[arch].config["sample_size"]
     workload = Workload(arch, side, steps, tuple(dict.fromkeys(gates)), dtype)
-    measured: dict[str, Any] = results(race(names, workload, rounds), workload, rounds)
-    if json_out is not None:
-        json_out.write_text(json.dumps(measured, indent=1) + "\n")
+    measured: dict[str, Any] = {}
+
+    def keep(run: Race) -> None:
+        measured.update(results(run, workload, rounds))
+        if json_out is not None:
+            json_out.write_text(json.dumps(measured, indent=1) + "\n")
+
+    race(names, workload, rounds, keep)
     if plot_out is not None:
         plots.plot(measured, plot_out)
     tables.show(measured)
