@@ -73,7 +73,9 @@ def _diffusers(**settings: Any) -> Prepare:
     return prepare
 
 
-def _compile_denoiser(pipe: Any, **settings: Any) -> None:
+def _compile_denoiser(pipe: Any, *, freezing: bool = False, **settings: Any) -> None:
+    # Not by torch.compile's options: Dynamo looks at inductor's own setting, and would leave the weights as inputs.
+    torch._inductor.config.freezing = freezing
     name, denoiser = find_denoiser(pipe)
     setattr(pipe, name, torch.compile(denoiser, **settings))
 
@@ -165,20 +167,19 @@ def _tgate_fx(
     return prepare
 
 
-_FREEZING = {"freezing": True}
 _UNFROZEN = {"options": {"freezing": False}}
 
 CONTENDERS: dict[str, Contender] = {
     "diffusers": Contender("diffusers", _diffusers()),
     "diffusers-compiled": Contender("diffusers, torch.compile", _diffusers(backend="inductor"), reference="diffusers"),
     "diffusers-frozen": Contender(
-        "diffusers, torch.compile with freezing", _diffusers(options=_FREEZING), reference="diffusers", copies=1
+        "diffusers, torch.compile with freezing", _diffusers(freezing=True), reference="diffusers", copies=1
     ),
     "openvino": Contender("diffusers, OpenVINO", _openvino, reference="diffusers", copies=1),
     "cutoff": Contender("diffusers' CFG cutoff", _cutoff(), None, True, ungated="diffusers"),
     "cutoff-frozen": Contender(
         "diffusers' CFG cutoff, torch.compile with freezing",
-        _cutoff(options=_FREEZING, dynamic=False),
+        _cutoff(freezing=True, dynamic=False),
         None,
         True,
         "cutoff",
