@@ -16,6 +16,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 
 import tgate_fx
+import tgate_fx.artifact as artifact_module
 from tests import tiny
 from tests.conftest import CountingBackend
 from tests.test_compile import relative_error
@@ -36,7 +37,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
     pipe = tgate_fx.compile(made(), gate_step=3)
     path = tgate_fx.save(pipe, tmp_path_factory.mktemp("artifacts") / "sd", **SIZE)
-    assert sorted(file.name for file in path.iterdir()) == ["0.pt2", "1.pt2", "manifest.json"]
+    assert sorted(file.name for file in path.iterdir()) == ["0", "1", "manifest.json"]
     return path
 
 
@@ -88,7 +89,7 @@ def test_packages_without_freezing_read_the_pipelines_own_weights(tmp_path: Path
             conv = each.unet.conv_in
             conv.weight = nn.Parameter(change(conv.weight.detach()), requires_grad=False)
         assert relative_error(tiny.latents(pipe, **kwargs), tiny.latents(eager, **kwargs)) < 1e-4
-    assert json.loads((path / "manifest.json").read_text())["weights"] is None
+    assert json.loads((path / "manifest.json").read_text())["contents"]["weights"] is None
 
 
 def other_weights(pipe: Any) -> None:
@@ -181,32 +182,52 @@ def test_what_was_not_compiled_is_refused(call: dict[str, Any], message: str, ar
 def change_manifest(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
     def damage(path: Path) -> None:
         manifest = json.loads((path / "manifest.json").read_text())
-        change(manifest)
+        change(manifest["contents"])
+        manifest["digest"] = artifact_module._digest(manifest["contents"])
         (path / "manifest.json").write_text(json.dumps(manifest))
 
     return damage
 
 
-def truncate(name: str) -> Callable[[Path], None]:
-    return lambda path: (path / name).write_bytes((path / name).read_bytes()[:-100])  # type: ignore[return-value]
+def in_text(old: str, new: str) -> Callable[[Path], None]:
+    """Write something else into the manifest."""
+
+    def damage(path: Path) -> None:
+        text = (path / "manifest.json").read_text()
+        assert old in text
+        (path / "manifest.json").write_text(text.replace(old, new))
+
+    return damage
+
+
+def library(path: Path, phase: int) -> Path:
+    """The compiled code of a phase."""
+    return next((path / str(phase)).rglob("*.so"))
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
 
 
 def flip(path: Path) -> None:
-    data = bytearray((path / "1.pt2").read_bytes())
+    data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
-    (path / "1.pt2").write_bytes(data)
+    path.write_bytes(data)
 
 
 @pytest.mark.inductor
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (truncate("0.pt2"), "0.pt2 is"),
-        (flip, "and not as it was written"),
-        (lambda path: (path / "1.pt2").unlink(), "1.pt2 is missing"),
-        (truncate("manifest.json"), "no whole artifact"),
+        (lambda path: truncate(library(path, 0)), ".wrapper.so is"),
+        (lambda path: flip(library(path, 1)), "and not as it was written"),
+        (lambda path: library(path, 1).unlink(), ".wrapper.so is missing"),
+        (lambda path: truncate(path / "manifest.json"), "no whole artifact"),
         (lambda path: (path / "manifest.json").unlink(), "no whole artifact"),
-        (change_manifest(lambda said: said.update(format=99)), "has format 99: expected 1"),
+        (in_text('"format": 2', '"format": 99'), "has format 99: expected 2"),
+        (in_text('"gate_step": 3', '"gate_step": 4'), "manifest.json is not as it was written"),
+        (in_text('"contents"', '"content"'), "manifest.json is not as it was written"),
+        (lambda path: shutil.copy(library(path, 0), library(path, 0).with_name("2.wrapper.so")), "torch cannot load"),
         (change_manifest(lambda said: said.update(torch="1.0")), "The torch's version is"),
         (change_manifest(lambda said: said["processor"].update(capability="AVX9000")), "expected AVX9000"),
         (change_manifest(lambda said: said["processor"].update(device="cuda")), "device is cpu: expected cuda"),
@@ -226,7 +247,7 @@ def test_what_is_damaged_or_from_elsewhere_is_refused(
     tgate_fx.gate(pipe)  # as usable as before
 
 
-def test_what_cannot_be_saved(tmp_path: Path, backend: CountingBackend) -> None:
+def test_what_cannot_be_saved(tmp_path: Path, backend: CountingBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(tgate_fx.StateError, match=says("not compiled", "tgate_fx.compile")):
         tgate_fx.save(tgate_fx.gate(made()), tmp_path / "new")
     for settings, what in (
@@ -239,4 +260,8 @@ def test_what_cannot_be_saved(tmp_path: Path, backend: CountingBackend) -> None:
             tgate_fx.save(pipe, tmp_path / "new")
     with pytest.raises(tgate_fx.ArgumentError, match=says("There is something at", "expected nothing")):
         tgate_fx.save(tgate_fx.compile(made()), tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.12.1"))
+        with pytest.raises(tgate_fx.UnsupportedError, match=says("torch 2.12.1", "expected 2.13 or later")):
+            tgate_fx.save(tgate_fx.compile(made()), tmp_path / "new")
     assert not list(tmp_path.iterdir())

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import run
-from tgate_fx.bench import tables
+from tgate_fx.bench import plots, tables
 from tgate_fx.bench.contenders import CONTENDERS, LADDER, applicable
 from tgate_fx.bench.race import Outcome, Race, groups
 from tgate_fx.bench.results import results
@@ -103,6 +103,29 @@ def test_the_table_fits_into_80_columns(capsys: pytest.CaptureFixture[str], monk
         assert name in said
     assert "…" not in said
     assert "Where the gain comes from: gate 2" in said
+
+
+def test_every_row_has_a_bar_at_its_own_label(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is a row of the baseline in each group."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    kept: list[Any] = []
+    monkeypatch.setattr(pyplot, "close", kept.append)
+    outcomes = [
+        outcome("diffusers", 0, (1.0,) * 5),
+        outcome("gated", 0, (0.5,) * 5, gate=2),
+        outcome("diffusers", 1, (1.1,) * 5),
+        outcome("tgate", 1, (0.6,) * 5, gate=2),
+    ]
+    measured = results(Race(outcomes, [100.0]), WORKLOAD, 3)
+    plots.plot(measured, tmp_path / "plot.png")
+    bars = kept[0].axes[0]
+    labels = {
+        round(tick): text.get_text() for tick, text in zip(bars.get_yticks(), bars.get_yticklabels(), strict=True)
+    }
+    drawn = [(labels[round(bar.get_y() + bar.get_height() / 2)], bar.get_width()) for bar in bars.containers[-1]]
+    assert drawn == [
+        (f"{plots.label(row)}  ({number})", row["median"]) for number, row in enumerate(measured["rows"], 1)
+    ]
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,16 @@
 """Phases compiled ahead of time, kept in a directory: `save` and `load`.
 
-The directory has a package of torch's AOTInductor for each phase, and ``manifest.json``, which says what they were
-compiled from and for. Packages are native code, and loading one runs it: load only what you trust as you would trust a
-program. Nothing is unpickled.
+The directory has a package of torch's AOTInductor for each phase, not zipped, and ``manifest.json``, which says what
+they were compiled from and for. Packages are native code, and loading one runs it: load only what you trust as you
+would trust a program. Nothing is unpickled.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,7 +34,8 @@ from .warming import call_for, reach_every_phase
 Pipeline = TypeVar("Pipeline")
 
 _MANIFEST = "manifest.json"
-_FORMAT = 1
+_FORMAT = 2
+_INSIDE = Path("data", "aotinductor", "model")  # where torch looks for a package's files, in the package's folder
 
 
 def save(
@@ -57,7 +60,7 @@ def save(
     Raises:
         ArgumentError: there is something at ``path``, or as for `tgate_fx.warmup`.
         StateError: the pipeline is not under `tgate_fx.compile`.
-        UnsupportedError: its settings are not for code that is compiled ahead of time.
+        UnsupportedError: its settings are not for code that is compiled ahead of time, or torch is older than 2.13.
         CompileError: a phase could not be compiled.
     """
     path = Path(path)
@@ -79,9 +82,8 @@ def save(
     with tempfile.TemporaryDirectory(dir=path.parent) as made:
         folder = Path(made) / "artifact"
         folder.mkdir()
-        phases = [_compile(gated, example, options, folder / f"{index}.pt2") for index, example in enumerate(examples)]
-        manifest = {
-            "format": _FORMAT,
+        phases = [_compile(gated, example, options, folder / str(index)) for index, example in enumerate(examples)]
+        contents = {
             "torch": torch.__version__,
             "processor": fingerprint.processor(device),
             "model": _model(gated.denoiser),
@@ -91,6 +93,7 @@ def save(
             "deepcache": gated.branch,
             "phases": phases,
         }
+        manifest = {"format": _FORMAT, "digest": _digest(contents), "contents": contents}
         (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
         folder.rename(path)
     return path
@@ -139,14 +142,17 @@ def load(pipe: Pipeline, path: str | Path) -> Pipeline:
 def _load_packages(path: Path, manifest: dict[str, Any]) -> dict[Roles, list[Package]]:
     packages: dict[Roles, list[Package]] = {}
     for phase in manifest["phases"]:
-        _check_file(path / phase["file"], phase)
+        for name, said in phase["files"].items():
+            _check_file(path / phase["folder"] / _INSIDE / name, said)
     for phase in manifest["phases"]:
+        folder = path / phase["folder"]
         try:
-            runner = torch._inductor.aoti_load_package(str(path / phase["file"])).loader
+            # torch's aoti_load_package takes a folder too, but first tries it as a zip file, and warns.
+            runner = torch._C._aoti.AOTIModelPackageLoader(str(folder), "model", False, 1, -1)
         except RuntimeError as error:
             raise StateError(
-                f"torch cannot load {phase['file']} of the artifact: {error}\nExpected what tgate_fx.save wrote. Save "
-                "it again on this machine."
+                f"torch cannot load {folder}: {error}\nExpected what tgate_fx.save wrote. Save it again on this "
+                "machine."
             ) from error
         package = Package(phase["name"], phase["form"], treespec_loads(phase["results"]), runner)
         packages.setdefault(Roles(*map(Role, phase["roles"])), []).append(package)
@@ -154,6 +160,11 @@ def _load_packages(path: Path, manifest: dict[str, Any]) -> dict[Roles, list[Pac
 
 
 def _check_settings(settings: CompileSettings, device: torch.device) -> None:
+    if torch.__version__ < "2.13":
+        raise UnsupportedError(
+            f"torch {torch.__version__} cannot load packages that are not zipped: expected 2.13 or later. Update "
+            "torch, or use tgate_fx.warmup in every process."
+        )
     given = {
         f"backend={settings.backend!r}": settings.backend != "inductor",
         "regional=True": settings.regional,
@@ -168,30 +179,28 @@ def _check_settings(settings: CompileSettings, device: torch.device) -> None:
             )
 
 
-def _compile(gated: Gated, example: Example, options: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Compile one phase into a package at ``path``; what the manifest says of it."""
-    from torch._inductor.package.package import package_aoti  # takes seconds to import
-
+def _compile(gated: Gated, example: Example, options: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Compile one phase into a package in ``folder``; what the manifest says of it."""
     graph = gated.trace(example._replace(inputs=ordered(example.inputs)))
     arguments = graph.arguments()
     with torch.no_grad():
         results = tree_structure(graph.module(*arguments))
         try:
             files: Any = torch._inductor.aot_compile(graph.module, arguments, options=options)
-            package_aoti(str(path), files)
         except Exception as error:
             raise CompileError(
                 f"The {example.name} phase could not be compiled ahead of time: {error}\nExpected a denoiser that "
                 "torch's AOTInductor takes. Use tgate_fx.compile and tgate_fx.warmup instead."
             ) from error
+    (folder / _INSIDE).mkdir(parents=True)
+    copies = [Path(shutil.copy(file, folder / _INSIDE)) for file in files]
     return {
         "name": example.name,
         "roles": [role.value for role in example.roles],
         "form": form_of(*arguments),
         "results": treespec_dumps(results),
-        "file": path.name,
-        "bytes": path.stat().st_size,
-        "checksum": _file_checksum(path),
+        "folder": folder.name,
+        "files": {file.name: {"bytes": file.stat().st_size, "checksum": _file_checksum(file)} for file in copies},
     }
 
 
@@ -204,7 +213,7 @@ def _model(denoiser: nn.Module) -> dict[str, str]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        manifest: dict[str, Any] = json.loads((path / _MANIFEST).read_text())
+        manifest = json.loads((path / _MANIFEST).read_text())
         found = manifest["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StateError(
@@ -213,7 +222,17 @@ def _read(path: Path) -> dict[str, Any]:
         ) from error
     if found != _FORMAT:
         raise StateError(f"The artifact at {path} has format {found}: expected {_FORMAT}. Save it again.")
-    return manifest
+    contents: dict[str, Any] = manifest.get("contents", {})
+    if _digest(contents) != manifest.get("digest"):
+        raise StateError(
+            f"{path / _MANIFEST} is not as it was written: expected what tgate_fx.save wrote, unchanged. Copy it "
+            "again, or save it again."
+        )
+    return contents
+
+
+def _digest(contents: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
 
 
 def _check_environment(manifest: dict[str, Any], denoiser: nn.Module) -> None:

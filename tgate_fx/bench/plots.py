@@ -21,7 +21,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
     colours = ["tab:blue" if row["contender"].startswith(("gated", "ungated")) else "tab:gray" for row in rows]
     medians = [row["median"] for row in rows]
     spread = [[row["median"] - row["spread"][0] for row in rows], [row["spread"][1] - row["median"] for row in rows]]
-    bars.barh(labels, medians, xerr=spread, color=colours, capsize=2)
+    # By number: there is an eager row for every group, all with the same label.
+    bars.barh(range(len(rows)), medians, xerr=spread, color=colours, capsize=2)
     bars.bar_label(bars.containers[-1], [f"{row['speed_up']:.2f}x" for row in rows], padding=4)
     bars.set(xlabel="seconds an image (median, least, most)", xlim=(0, 1.15 * max(row["spread"][1] for row in rows)))
     pareto.scatter(medians, [row["peak_gib"] for row in rows], color=colours)
