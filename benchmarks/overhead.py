@@ -19,8 +19,8 @@ import torch
 
 import tgate_fx
 from benchmarks.architectures import TEXT_ENCODERS, stable_diffusion
-from benchmarks.fullsize import machine
 from tests import tiny
+from tgate_fx.bench.machine import machine
 
 
 def nothing(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
