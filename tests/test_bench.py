@@ -50,6 +50,14 @@ def test_groups_fit_into_memory_and_hold_the_baseline() -> None:
     assert groups(("diffusers",), 3.0, 18.0) == [["diffusers"]]
 
 
+def test_a_contender_and_its_ungated_run_are_in_one_group() -> None:
+    pairs = [("gated-openvino", "openvino"), ("gated-compiled", "ungated-compiled")]
+    names = tuple(name for pair in (*pairs, *(pair[::-1] for pair in pairs)) for name in pair)
+    for order in (tuple(dict.fromkeys(names)), tuple(dict.fromkeys(names[::-1]))):
+        made = groups(order, weights_gib=3.0, budget_gib=18.0)
+        assert sorted(sorted(group[1:]) for group in made) == sorted(sorted(pair) for pair in pairs)
+
+
 def outcome(name: str, group: int, steps: tuple[float, ...], *, gate: int | None = None, **extra: Any) -> Outcome:
     """One that took these seconds a step, in three rounds that differ a little."""
     timings = [Timing(noise * sum(steps), tuple(noise * step for step in steps)) for noise in (1.0, 1.1, 0.9)]

@@ -81,7 +81,10 @@ def race(names: Sequence[str], workload: Workload, rounds: int, keep: Callable[[
 
 
 def groups(names: Sequence[str], weights_gib: float, budget_gib: float) -> list[list[str]]:
-    """Contenders that are in memory together: the baseline, and as many others as fit."""
+    """Contenders that are in memory together: the baseline, and as many others as fit.
+
+    Those that are compared with each other come together where they can: a machine's speed drifts from group to group.
+    """
 
     def takes(name: str) -> float:
         return _PROCESS_GIB + CONTENDERS[name].copies * weights_gib
@@ -89,13 +92,19 @@ def groups(names: Sequence[str], weights_gib: float, budget_gib: float) -> list[
     made: list[list[str]] = []
     others = sorted((name for name in names if name != _BASELINE), key=takes, reverse=True)
     for name in others:
-        for group in made:
+        for group in sorted(made, key=lambda group: not _are_compared(name, group)):
             if weights_gib + sum(map(takes, [*group, name])) <= budget_gib:
                 group.append(name)
                 break
         else:
             made.append([_BASELINE, name])
     return made or [[_BASELINE]]
+
+
+def _are_compared(name: str, group: Sequence[str]) -> bool:
+    """Whether one is the ungated run of the other, for any in the group but the baseline, which is in all."""
+    others = [other for other in group if other != _BASELINE]
+    return any(CONTENDERS[name].ungated == other or CONTENDERS[other].ungated == name for other in others)
 
 
 class _Runner:

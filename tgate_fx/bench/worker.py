@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+import os
 import time
 import traceback
 import warnings
@@ -86,6 +87,8 @@ def work(connection: Connection, name: str, workload: Workload, denoiser: Path, 
     `Failed` ends it early, and so does a connection that is closed.
     """
     torch.set_num_threads(threads)
+    # Else it would find what others have compiled, and its compile time would be theirs in part.
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(denoiser.parent / f"compiled-{name}")
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     try:
