@@ -62,7 +62,8 @@ def child(way: str, arch: str, size: int, steps: int, gate: int, work: Path, sta
     if way == "save":
         tgate_fx.save(pipe, work / "artifact", **workload.inputs)
         mark("saved")
-        times["artifact_gib"] = sum(path.stat().st_size for path in (work / "artifact").iterdir()) / 2**30
+        files = [path for path in (work / "artifact").rglob("*") if path.is_file()]
+        times["artifact_gib"] = sum(path.stat().st_size for path in files) / 2**30
     else:
         for name in ("first", "second"):
             begun = time.perf_counter()

@@ -37,7 +37,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
     pipe = tgate_fx.compile(made(), gate_step=3)
     path = tgate_fx.save(pipe, tmp_path_factory.mktemp("artifacts") / "sd", **SIZE)
-    assert sorted(file.name for file in path.iterdir()) == ["0", "1", "manifest.json"]
+    assert sorted(file.name for file in path.iterdir()) == ["0", "1", "constants.bin", "manifest.json"]
     return path
 
 
@@ -224,7 +224,9 @@ def flip(path: Path) -> None:
         (lambda path: library(path, 1).unlink(), ".wrapper.so is missing"),
         (lambda path: truncate(path / "manifest.json"), "no whole artifact"),
         (lambda path: (path / "manifest.json").unlink(), "no whole artifact"),
-        (in_text('"format": 2', '"format": 99'), "has format 99: expected 2"),
+        (in_text('"format": 3', '"format": 99'), "has format 99: expected 3"),
+        (lambda path: truncate(path / "constants.bin"), "constants.bin is"),
+        (lambda path: flip(path / "constants.bin"), "and not as it was written"),
         (in_text('"gate_step": 3', '"gate_step": 4'), "manifest.json is not as it was written"),
         (in_text('"contents"', '"content"'), "manifest.json is not as it was written"),
         (lambda path: shutil.copy(library(path, 0), library(path, 0).with_name("2.wrapper.so")), "torch cannot load"),

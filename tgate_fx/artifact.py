@@ -1,8 +1,8 @@
 """Phases compiled ahead of time, kept in a directory: `save` and `load`.
 
-The directory has a package of torch's AOTInductor for each phase, not zipped, and ``manifest.json``, which says what
-they were compiled from and for. Packages are native code, and loading one runs it: load only what you trust as you
-would trust a program. Nothing is unpickled.
+The directory has a package of torch's AOTInductor for each phase, not zipped, the weights that these hold, if they hold
+any, and ``manifest.json``, which says what they were compiled from and for. Packages are native code, and loading one
+runs it: load only what you trust as you would trust a program. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import hashlib
 import json
 import shutil
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,12 +20,12 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_structure, treespec_dumps, treespec_loads
 
-from . import fingerprint
+from . import constants, fingerprint
 from .deepcache import DeepCache
 from .errors import ArgumentError, CompileError, StateError, UnsupportedError
 from .gated import Gated
 from .held import checksum
-from .packages import Package, PackagedPhases, form_of, ordered
+from .packages import Package, PackagedPhases, form_of, ordered, share_weights
 from .phase_graph import Example
 from .schedule import Schedule
 from .settings import CompileSettings, inductor_options
@@ -34,7 +35,8 @@ from .warming import call_for, reach_every_phase
 Pipeline = TypeVar("Pipeline")
 
 _MANIFEST = "manifest.json"
-_FORMAT = 2
+_CONSTANTS = "constants.bin"
+_FORMAT = 3
 _INSIDE = Path("data", "aotinductor", "model")  # where torch looks for a package's files, in the package's folder
 
 
@@ -77,12 +79,16 @@ def save(
     examples = list(gated.run.examples.values())
     frozen = settings.freezes(device)
     options = inductor_options(settings.mode, settings.options_for(device))
-    options |= {"aot_inductor.package": True, "aot_inductor.package_constants_in_so": frozen}
+    options |= {"aot_inductor.package": True, **constants.OPTIONS}
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as made:
         folder = Path(made) / "artifact"
         folder.mkdir()
-        phases = [_compile(gated, example, options, folder / str(index)) for index, example in enumerate(examples)]
+        with ExitStack() as stack:
+            writer = stack.enter_context(constants.ConstantsWriter(folder / _CONSTANTS)) if frozen else None
+            phases = [
+                _compile(gated, example, options, folder / str(index), writer) for index, example in enumerate(examples)
+            ]
         contents = {
             "torch": torch.__version__,
             "processor": fingerprint.processor(device),
@@ -92,6 +98,7 @@ def save(
             "schedule": dataclasses.asdict(gated.schedule),
             "deepcache": gated.branch,
             "phases": phases,
+            "constants": _described(folder / _CONSTANTS) if frozen else None,
         }
         manifest = {"format": _FORMAT, "digest": _digest(contents), "contents": contents}
         (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
@@ -141,14 +148,21 @@ def load(pipe: Pipeline, path: str | Path) -> Pipeline:
 
 def _load_packages(path: Path, manifest: dict[str, Any]) -> dict[Roles, list[Package]]:
     packages: dict[Roles, list[Package]] = {}
-    for phase in manifest["phases"]:
+    phases = manifest["phases"]
+    for phase in phases:
         for name, said in phase["files"].items():
             _check_file(path / phase["folder"] / _INSIDE / name, said)
-    for phase in manifest["phases"]:
+    held: list[dict[str, torch.Tensor]] = [{}] * len(phases)
+    if manifest["constants"] is not None:
+        _check_file(path / _CONSTANTS, manifest["constants"])
+        held = constants.mapped(path / _CONSTANTS, [phase["constants"] for phase in phases])
+    for phase, weights in zip(phases, held, strict=True):
         folder = path / phase["folder"]
         try:
             # torch's aoti_load_package takes a folder too, but first tries it as a zip file, and warns.
             runner = torch._C._aoti.AOTIModelPackageLoader(str(folder), "model", False, 1, -1)
+            if manifest["constants"] is not None:
+                share_weights(runner, weights)
         except RuntimeError as error:
             raise StateError(
                 f"torch cannot load {folder}: {error}\nExpected what tgate_fx.save wrote. Save it again on this "
@@ -179,28 +193,39 @@ def _check_settings(settings: CompileSettings, device: torch.device) -> None:
             )
 
 
-def _compile(gated: Gated, example: Example, options: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _compile(
+    gated: Gated,
+    example: Example,
+    options: dict[str, Any],
+    folder: Path,
+    writer: constants.ConstantsWriter | None,
+) -> dict[str, Any]:
     """Compile one phase into a package in ``folder``; what the manifest says of it."""
     graph = gated.trace(example._replace(inputs=ordered(example.inputs)))
     arguments = graph.arguments()
     with torch.no_grad():
         results = tree_structure(graph.module(*arguments))
         try:
-            files: Any = torch._inductor.aot_compile(graph.module, arguments, options=options)
+            with constants.returned():
+                files: Any = torch._inductor.aot_compile(graph.module, arguments, options=options)
+        except UnsupportedError:
+            raise
         except Exception as error:
             raise CompileError(
                 f"The {example.name} phase could not be compiled ahead of time: {error}\nExpected a denoiser that "
                 "torch's AOTInductor takes. Use tgate_fx.compile and tgate_fx.warmup instead."
             ) from error
     (folder / _INSIDE).mkdir(parents=True)
-    copies = [Path(shutil.copy(file, folder / _INSIDE)) for file in files]
+    copies = [Path(shutil.copy(file, folder / _INSIDE)) for file in files if isinstance(file, str)]
+    (held,) = [each for each in files if not isinstance(each, str)]
     return {
         "name": example.name,
         "roles": [role.value for role in example.roles],
         "form": form_of(*arguments),
         "results": treespec_dumps(results),
         "folder": folder.name,
-        "files": {file.name: {"bytes": file.stat().st_size, "checksum": _file_checksum(file)} for file in copies},
+        "files": {file.name: _described(file) for file in copies},
+        "constants": None if writer is None else writer.write(held),
     }
 
 
@@ -261,6 +286,10 @@ def _check_parts(what: str, manifest: dict[str, Any], now: dict[str, str]) -> No
             "that the artifact was saved with: expected the same model, dtype, weights, processors, adapters and "
             "hooks. Load it on that pipeline, or save one of this."
         )
+
+
+def _described(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "checksum": _file_checksum(path)}
 
 
 def _check_file(path: Path, said: dict[str, Any]) -> None:

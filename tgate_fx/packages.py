@@ -136,7 +136,8 @@ class PackagedPhases:
                     "them back, or save another artifact with the new ones."
                 )
             return
-        tensors = dict([*self._denoiser.named_parameters(), *self._denoiser.named_buffers()])
+        named = [*self._denoiser.named_parameters(prefix="denoiser"), *self._denoiser.named_buffers(prefix="denoiser")]
+        tensors = dict(named)
         places = [tensor.data_ptr() for tensor in tensors.values()]
         if places != self._shared:
             for several in self._packages.values():
@@ -146,9 +147,9 @@ class PackagedPhases:
 
 
 def share_weights(runner: Any, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Have a package read these weights where they are."""
+    """Have a package read these weights where they are; of a packed one, the tensor itself is what it takes."""
     names = runner.get_constant_fqns()
-    runner.load_constants({name: tensors[name.removeprefix("denoiser.")].detach() for name in names}, False, True, True)
+    runner.load_constants({name: tensors[name].detach() for name in names}, False, True, True)
 
 
 def ordered(inputs: Inputs) -> dict[str, Any]:
