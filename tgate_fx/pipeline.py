@@ -97,7 +97,9 @@ def compile(
         backend, mode, options: handed on to torch.compile. With inductor on a CPU, ``options["freezing"]`` is on unless
             ``mode`` is given or ``options={"freezing": False}``: it packs the weights for this CPU, and is what makes
             inductor faster than eager there. Each phase then keeps its own copy of the weights; weights that change
-            later are noticed, and compiled again.
+            later are noticed, and compiled again. ``"openvino"`` computes by OpenVINO's CPU plugin (not by torch's
+            backend of that name, see `tgate_fx.openvino`), which holds the weights too; ``options`` are then properties
+            for its ``compile_model``.
         dynamic: True for graphs that serve all shapes; None or False for graphs of each shape.
         regional: compile the denoiser's repeated blocks, one graph for all that are alike, and run what is between
             them eagerly: compiling takes a fraction of the time, and steps are slower than with whole phases.

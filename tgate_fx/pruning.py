@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from . import openvino
 from .linears import onednn_on_amd
 from .settings import inductor_options
 
@@ -56,6 +57,8 @@ class PrunedBackend:
         return run
 
     def _compile(self, graph: torch.fx.GraphModule, inputs: list[Any], kwargs: dict[str, Any]) -> Callable[..., Any]:
+        if self._backend == "openvino":
+            return openvino.compile_graph(graph, inputs, kwargs.get("options") or {})
         if self._backend == "inductor":
             # torch.compile turns a mode into options, but not for a backend like this one.
             kwargs = {"config_patches": inductor_options(kwargs.get("mode"), kwargs.get("options"))}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 
 from .cache import has_cuda_graphs
+from .errors import UnsupportedError
 
 _CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
 
@@ -23,7 +25,8 @@ class CompileSettings:
     """What is handed on to torch.compile; ``fullgraph`` is always on.
 
     On a CPU, inductor's ``freezing`` is on unless ``mode`` or ``options["freezing"]`` says otherwise: it packs the
-    weights for the CPU's kernels, and without it inductor is no faster than eager there.
+    weights for the CPU's kernels, and without it inductor is no faster than eager there. ``backend="openvino"`` is
+    `tgate_fx.openvino`, which always holds the weights; its ``options`` are properties of OpenVINO's.
     """
 
     backend: str | Callable[..., Any] = "inductor"
@@ -31,6 +34,22 @@ class CompileSettings:
     dynamic: bool | None = None
     options: Mapping[str, Any] | None = None
     regional: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what OpenVINO cannot do."""
+        if self.backend != "openvino":
+            return
+        given = [name for name in ("mode", "dynamic", "regional") if getattr(self, name)]
+        if given:
+            raise UnsupportedError(
+                f'backend="openvino" and {given[0]}={getattr(self, given[0])!r} were both given: expected whole phases '
+                f"of one shape, and no mode. Leave {given[0]} out, or use inductor."
+            )
+        if importlib.util.find_spec("openvino") is None:
+            raise UnsupportedError(
+                'backend="openvino" was given, and OpenVINO is not installed: expected the package openvino. '
+                "pip install 'tgate_fx[openvino]'."
+            )
 
     def options_for(self, device: torch.device) -> dict[str, Any] | None:
         """The ``options`` for graphs on this device."""
@@ -41,6 +60,8 @@ class CompileSettings:
 
     def freezes(self, device: torch.device) -> bool:
         """Whether compiled graphs on this device hold the weights as they were when compiled."""
+        if self.backend == "openvino":
+            return True
         return self.backend == "inductor" and bool((self.options_for(device) or {}).get("freezing"))
 
     def replays(self, device: torch.device) -> bool:

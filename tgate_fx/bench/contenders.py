@@ -137,15 +137,8 @@ def _openvino(pipe: Any, workload: Workload) -> Generate:
     """Diffusers' own pipeline, its denoiser converted to OpenVINO."""
     from .openvino import convert
 
-    convert(find_denoiser(pipe)[1], workload.dtype)
+    convert(find_denoiser(pipe)[1], workload.torch_dtype)
     return lambda steps, gate: workload.latents(pipe, steps)
-
-
-def _tgate_fx_on_openvino(pipe: Any, workload: Workload) -> Generate:
-    from .openvino import settings
-
-    tgate_fx.compile(pipe, **settings(workload.dtype))
-    return lambda steps, gate: workload.latents(pipe, steps, gate_step=gate)
 
 
 def _tgate_fx(
@@ -226,7 +219,7 @@ CONTENDERS: dict[str, Contender] = {
         "tgate_fx, compiled", _tgate_fx({}), _GATED, True, "tgate", "ungated-compiled", copies=3
     ),
     "gated-openvino": Contender(
-        "tgate_fx, OpenVINO", _tgate_fx_on_openvino, _GATED, True, "tgate", "openvino", copies=3
+        "tgate_fx, OpenVINO", _tgate_fx({"backend": "openvino"}), _GATED, True, "tgate", "openvino", copies=3
     ),
     "gated-deepcache-compiled": Contender(
         "tgate_fx, compiled, DeepCache",

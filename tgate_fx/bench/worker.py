@@ -19,7 +19,6 @@ import torch
 
 from .contenders import CONTENDERS, Generate
 from .machine import peak_gib
-from .openvino import NotByOpenVINO
 from .workload import Workload
 
 # The image that results are compared by, and that compiles every phase: short, with a gate.
@@ -104,7 +103,7 @@ def work(connection: Connection, name: str, workload: Workload, denoiser: Path, 
             connection.send(_finished())
     except EOFError:
         return
-    except (Exception, NotByOpenVINO) as error:
+    except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         connection.send(Failed(f"{type(error).__name__}: {error} ({where.name}, line {where.lineno})"))
 
