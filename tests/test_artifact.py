@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from tests import tiny
 from tests.conftest import CountingBackend
 from tests.test_compile import relative_error
 from tests.test_refusals import says
+from tgate_fx import constants
 
 SIZE = {"height": 16, "width": 16}
 
@@ -58,6 +61,25 @@ def test_it_generates_as_the_eager_pipeline_without_compiling(artifact: Path) ->
     plain = made()
     kwargs = {**tiny.inputs("sd"), **SIZE, "num_inference_steps": 4}
     assert torch.equal(tiny.latents(pipe, **kwargs), tiny.latents(plain, **kwargs))
+
+
+@pytest.mark.inductor
+def test_packages_keep_the_weights_that_they_read(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch keeps tensors of its own over the same memory, which do not keep that."""
+    mapped: list[weakref.ref[torch.Tensor]] = []
+    read = constants.mapped
+
+    def recorded(path: Path, phases: list[dict[str, constants.Entry]]) -> list[dict[str, torch.Tensor]]:
+        held = read(path, phases)
+        mapped.extend(weakref.ref(tensor) for weights in held for tensor in weights.values())
+        return held
+
+    monkeypatch.setattr(constants, "mapped", recorded)
+    pipe = tgate_fx.load(made(), artifact)
+    gc.collect()
+    assert len(mapped) > 100
+    assert all(tensor() is not None for tensor in mapped)
+    tgate_fx.restore(pipe)
 
 
 @pytest.mark.slow

@@ -85,7 +85,9 @@ def save(
         folder = Path(made) / "artifact"
         folder.mkdir()
         with ExitStack() as stack:
-            writer = stack.enter_context(constants.ConstantsWriter(folder / _CONSTANTS)) if frozen else None
+            writer = None
+            if frozen:
+                writer = constants.ConstantsWriter(stack.enter_context((folder / _CONSTANTS).open("wb")))
             phases = [
                 _compile(gated, example, options, folder / str(index), writer) for index, example in enumerate(examples)
             ]
@@ -161,14 +163,14 @@ def _load_packages(path: Path, manifest: dict[str, Any]) -> dict[Roles, list[Pac
         try:
             # torch's aoti_load_package takes a folder too, but first tries it as a zip file, and warns.
             runner = torch._C._aoti.AOTIModelPackageLoader(str(folder), "model", False, 1, -1)
-            if manifest["constants"] is not None:
+            if weights:
                 share_weights(runner, weights)
         except RuntimeError as error:
             raise StateError(
                 f"torch cannot load {folder}: {error}\nExpected what tgate_fx.save wrote. Save it again on this "
                 "machine."
             ) from error
-        package = Package(phase["name"], phase["form"], treespec_loads(phase["results"]), runner)
+        package = Package(phase["name"], phase["form"], treespec_loads(phase["results"]), runner, weights)
         packages.setdefault(Roles(*map(Role, phase["roles"])), []).append(package)
     return packages
 
@@ -203,13 +205,10 @@ def _compile(
     """Compile one phase into a package in ``folder``; what the manifest says of it."""
     graph = gated.trace(example._replace(inputs=ordered(example.inputs)))
     arguments = graph.arguments()
-    with torch.no_grad():
+    with torch.no_grad(), constants.returned():
         results = tree_structure(graph.module(*arguments))
         try:
-            with constants.returned():
-                files: Any = torch._inductor.aot_compile(graph.module, arguments, options=options)
-        except UnsupportedError:
-            raise
+            files: Any = torch._inductor.aot_compile(graph.module, arguments, options=options)
         except Exception as error:
             raise CompileError(
                 f"The {example.name} phase could not be compiled ahead of time: {error}\nExpected a denoiser that "

@@ -14,8 +14,7 @@ import importlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 from unittest import mock
 
 import torch
@@ -29,6 +28,11 @@ OPTIONS = {
 }
 
 _ALIGNMENT = 64  # bytes: a cache line, and the widest vector
+
+# What Python's C interface wraps a pointer with. (The function that ctypes itself has of this name is everybody's.)
+_CAPSULE = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)(
+    ("PyCapsule_New", ctypes.pythonapi)
+)
 
 Entry = dict[str, Any]  # where a constant is in the file, and its form
 Constants = Mapping[str, tuple[torch.Tensor, torch.Tensor]]  # for each name, what holds the bytes, and the form
@@ -50,17 +54,9 @@ def returned() -> Iterator[None]:
 class ConstantsWriter:
     """Writes constants to a file, those with the same bytes once."""
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("wb")
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
         self._places: dict[bytes, int] = {}
-
-    def __enter__(self) -> ConstantsWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
 
     def write(self, constants: Constants) -> dict[str, Entry]:
         """Write what is not in the file yet; where each is."""
@@ -135,8 +131,6 @@ def _packed_tensor(data: torch.Tensor, entry: Entry) -> torch.Tensor:
     )
     if failed:
         raise RuntimeError("torch cannot make a tensor of packed weights")
-    capsule = ctypes.pythonapi.PyCapsule_New
-    capsule.restype, capsule.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
-    tensor: torch.Tensor = torch._C._aoti.alloc_tensor_by_stealing_from_void_ptr(capsule(handle, None, None))
+    tensor: torch.Tensor = torch._C._aoti.alloc_tensor_by_stealing_from_void_ptr(_CAPSULE(handle, None, None))
     tensor._tgate_data = data  # type: ignore[attr-defined]  # which it does not keep alive by itself
     return tensor

@@ -31,12 +31,14 @@ class Package:
         form: what the inputs must look like, from `form_of`.
         results: the structure of what the phase returns.
         runner: torch's, whose ``run`` takes and returns a list of tensors.
+        weights: what the artifact has for it to read, and must be kept for as long as it runs.
     """
 
     name: str
     form: Mapping[str, str]
     results: TreeSpec
     runner: Any
+    weights: Mapping[str, torch.Tensor]
 
     def run(self, cache: Cache, inputs: Inputs) -> PhaseResult:
         """Run it on inputs of its form."""
