@@ -41,18 +41,16 @@ def compile_graph(
             f'backend="openvino" was given an input on {where}: expected tensors on the CPU. Use inductor there.'
         )
     with torch.no_grad():
-        dtypes = [value.dtype for value in graph(*inputs)]
-        return compile_function(graph, inputs, _precision(graph), dtypes, properties)
+        return compile_function(graph, inputs, _precision(graph), properties)
 
 
 def compile_function(
     function: torch.nn.Module,
     inputs: Sequence[torch.Tensor],
     precision: torch.dtype,
-    dtypes: Sequence[torch.dtype],
     properties: Mapping[str, Any],
 ) -> Callable[..., tuple[torch.Tensor, ...]]:
-    """Compile a module that takes these inputs and returns a tuple of tensors with these dtypes."""
+    """Compile a module that takes such inputs and returns a tuple of tensors."""
     openvino: Any = importlib.import_module("openvino")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what tracing takes as constant, which it is here
@@ -65,8 +63,7 @@ def compile_function(
 
     def run(*args: torch.Tensor) -> tuple[torch.Tensor, ...]:
         request.infer([_shared(openvino, tensor) for tensor in args], share_inputs=True, share_outputs=True)
-        outputs = [request.get_output_tensor(index) for index in range(len(dtypes))]
-        return tuple([_copied(openvino, output, dtype) for output, dtype in zip(outputs, dtypes, strict=True)])
+        return tuple([_copied(openvino, output) for output in request.output_tensors])
 
     return run
 
@@ -87,9 +84,9 @@ def _shared(openvino: Any, tensor: torch.Tensor) -> Any:
     return tensor.numpy()
 
 
-def _copied(openvino: Any, output: Any, dtype: torch.dtype) -> torch.Tensor:
+def _copied(openvino: Any, output: Any) -> torch.Tensor:
     """An output in memory of its own: the next run writes to OpenVINO's."""
     values = torch.from_numpy(output.data)
     if output.element_type == openvino.Type.bf16:
         values = values.view(torch.bfloat16)
-    return values.to(dtype, copy=True)
+    return values.clone()

@@ -22,7 +22,7 @@ def convert(denoiser: nn.Module, dtype: torch.dtype) -> None:
         leaves, spec = tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         if compiled is None:
-            compiled = compile_function(_OfTensors(plain, leaves, spec), tensors, dtype, [dtype], {})
+            compiled = compile_function(_OfTensors(plain, leaves, spec), tensors, dtype, {})
         return compiled(*tensors)
 
     denoiser.forward = forward
