@@ -61,7 +61,7 @@ def test_a_contender_and_its_ungated_run_are_in_one_group() -> None:
 def outcome(name: str, group: int, steps: tuple[float, ...], *, gate: int | None = None, **extra: Any) -> Outcome:
     """One that took these seconds a step, in three rounds that differ a little."""
     timings = [Timing(noise * sum(steps), tuple(noise * step for step in steps)) for noise in (1.0, 1.1, 0.9)]
-    ready = Ready(np.zeros(1), first_seconds=30.0, second_seconds=10.0)
+    ready = Ready(np.zeros(1), first_seconds=30.0, second_seconds=10.0, peak_gib=3.0)
     return Outcome(name, group, ready, timings={gate: timings}, finished=Finished(2.0, 2, 0), **extra)
 
 
@@ -86,6 +86,7 @@ def test_what_is_computed_from_timings() -> None:
     assert row["speed_up"] == pytest.approx(10 / 5.6)
     assert row["step_seconds"] == pytest.approx({"pre-gate": 1.6, "post-gate": 0.8})
     assert row["compile_seconds"] == pytest.approx(20)
+    assert (row["peak_gib"], row["running_gib"]) == (3.0, 2.0)
     # Against the one with the same settings, which ran on the machine when it was twice as fast.
     assert row["gain"] == pytest.approx((10 / 5.6) / (5 / 4))
     assert row["share_of_limit"] == pytest.approx(row["gain"] / row["limit"])

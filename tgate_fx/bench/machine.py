@@ -10,6 +10,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,9 +51,16 @@ def memory_gib() -> float:
 
 
 def peak_gib() -> float:
-    """The most memory that this process ever had at once."""
+    """The most memory that this process had at once, ever or since `forget_peak`."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def forget_peak() -> None:
+    """Let `peak_gib` begin anew, where the system can do that: on Linux."""
+    reset = Path("/proc/self/clear_refs")
+    if reset.exists():
+        reset.write_text("5")
 
 
 def gemm_gflops(dtype: torch.dtype, side: int = 2048, rounds: int = 7) -> float:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from .contenders import CONTENDERS, Generate
-from .machine import peak_gib
+from .machine import forget_peak, peak_gib
 from .workload import Workload
 
 # The image that results are compared by, and that compiles every phase: short, with a gate.
@@ -32,11 +32,13 @@ class Ready:
     Attributes:
         latents: of the short image.
         first_seconds, second_seconds: it was run twice; the first run includes compiling.
+        peak_gib: the most memory at once until then.
     """
 
     latents: np.ndarray[Any, Any]
     first_seconds: float
     second_seconds: float
+    peak_gib: float
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Finished:
-    """What is known at the end: the most memory at once, and what torch.compile did."""
+    """What is known at the end: the most memory at once since it was ready, and what torch.compile did."""
 
     peak_gib: float
     graphs: int
@@ -97,7 +99,8 @@ def work(connection: Connection, name: str, workload: Workload, denoiser: Path, 
             generate = CONTENDERS[name].prepare(pipe, workload)
             first, _ = _timed(generate, CHECK_STEPS, CHECK_GATE, stamps)
             second, latents = _timed(generate, CHECK_STEPS, CHECK_GATE, stamps)
-            connection.send(Ready(latents.float().numpy(), first.seconds, second.seconds))
+            connection.send(Ready(latents.float().numpy(), first.seconds, second.seconds, peak_gib()))
+            forget_peak()
             while (gate := connection.recv()) is not None:
                 connection.send(_timed(generate, workload.steps, gate, stamps)[0])
             connection.send(_finished())
