@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import tgate_fx
+from benchmarks import overhead
 from tests import tiny
+from tgate_fx.gated import Gated
 
 
 def test_before_the_first_generation() -> None:
@@ -40,8 +48,6 @@ def test_cache_bytes_are_those_of_one_branch_of_the_sites_outputs() -> None:
     pipe = tgate_fx.gate(tiny.sd(), gate_step=3)
     tiny.latents(pipe, **tiny.inputs("sd", 2), num_inference_steps=5)
     pre, _ = tgate_fx.split(pipe.unet)
-    import torch
-
     with torch.no_grad():
         _, cache = pre(torch.zeros(2, 4, 8, 8), torch.tensor(1), torch.zeros(2, 7, tiny.TEXT_WIDTH))
     assert tgate_fx.report(pipe).cache_bytes == sum(tensor.nbytes for tensor in cache)
@@ -59,6 +65,103 @@ def test_as_a_table() -> None:
     assert lines[2].split() == ["step", "phase", "batch", "seconds"]
     assert [line.split()[:3] for line in lines[3:]] == [["0", "pre-gate", "2"], ["1", "post-gate", "1"]]
     assert all(line.endswith("compiled 1") for line in lines[3:])
+
+
+CROSS, SELF, DEEP = (f"{kind} cached" for kind in ("cross-attention", "self-attention", "deep branch"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "rungs"),
+    [
+        ({}, ["guidance dropped", CROSS]),
+        ({"after_gate": "both"}, [CROSS]),
+        ({"sp_interval": 2, "fi_interval": 2}, ["guidance dropped", CROSS, SELF]),
+        ({"deepcache": tgate_fx.DeepCache(interval=2, branch=0)}, ["guidance dropped", CROSS, DEEP]),
+        ({"gate_step": None, "deepcache": tgate_fx.DeepCache(interval=2, branch=0)}, [DEEP]),
+        ({"gate_step": None}, []),
+    ],
+)
+def test_the_ladder_times_what_the_generation_did(
+    settings: dict[str, Any], rungs: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a clock that counts operations: those of its ends are an ungated generation's and this one's."""
+    pipe = tgate_fx.gate(tiny.sd(), **{"gate_step": 3, **settings})
+    inputs = {**tiny.inputs("sd"), "num_inference_steps": 6}
+    with FlopCounterMode(display=False) as counter:
+        clock = SimpleNamespace(perf_counter=lambda: float(counter.get_total_flops()))
+        monkeypatch.setattr(sys.modules["tgate_fx.report"], "time", clock)
+        with tgate_fx.disabled(pipe):
+            tiny.latents(pipe, **inputs)
+            ungated = sum(step.seconds for step in tgate_fx.report(pipe).steps)
+        tiny.latents(pipe, **inputs)
+        assert tgate_fx.report(pipe).ladder == ()
+        report = tgate_fx.report(pipe, ladder=True)
+    seconds = [rung.seconds for rung in report.ladder]
+    assert [rung.name for rung in report.ladder] == ["ungated, eager", *rungs]
+    assert seconds[0] == ungated > 0
+    assert seconds[-1] == sum(step.seconds for step in report.steps)
+    assert seconds == sorted(set(seconds), reverse=True)
+    assert [rung.gain for rung in report.ladder] == pytest.approx(
+        [before / after for before, after in zip([seconds[0], *seconds], seconds, strict=False)]
+    )
+    if "guidance dropped" in rungs:  # for three steps of six, which is half of the batch there
+        assert seconds[1] == 0.75 * ungated
+    result = tiny.latents(pipe, **inputs)
+    assert torch.equal(result, tiny.latents(tgate_fx.gate(tiny.sd(), **{"gate_step": 3, **settings}), **inputs))
+
+
+def test_the_ladder_ends_with_what_the_compiled_generation_took() -> None:
+    pipe = tgate_fx.compile(tiny.sd(), gate_step=2, backend="eager")
+    inputs = {**tiny.inputs("sd"), "num_inference_steps": 4}
+    with pytest.raises(tgate_fx.TGateError, match=r"No step has run .* Generate an image first"):
+        tgate_fx.report(pipe, ladder=True)
+    tiny.latents(pipe, **inputs)
+    with pytest.raises(tgate_fx.TGateError, match=r"At step 0 .* a graph was compiled.* Generate once more"):
+        tgate_fx.report(pipe, ladder=True)
+    tiny.latents(pipe, **inputs)
+    report = tgate_fx.report(pipe, ladder=True)
+    assert [rung.name for rung in report.ladder] == ["ungated, eager", "guidance dropped", CROSS, "compiled"]
+    assert report.ladder[-1].seconds == sum(step.seconds for step in report.steps)
+    assert report.compiled_graphs == 2
+    lines = str(report).splitlines()[-5:]
+    assert lines[0].split() == ["where", "the", "gain", "comes", "from", "seconds", "gain", "in", "all"]
+    assert lines[1].split()[-2:] == ["1.00x", "1.00x"]
+    assert [line[:25].strip() for line in lines[1:]] == [rung.name for rung in report.ladder]
+    tiny.latents(pipe, **inputs)
+    assert tgate_fx.report(pipe).recompiles == 0
+
+
+def test_the_ladder_refuses_what_it_cannot_time() -> None:
+    pipe = tgate_fx.gate(tiny.sd(), gate_step=3)
+    inputs = {**tiny.inputs("sd"), "num_inference_steps": 4, "guidance_scale": 7.5}
+
+    def without_guidance(pipe: Any, index: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if index == 0:
+            pipe._guidance_scale = 0.0
+            kwargs["prompt_embeds"] = kwargs["prompt_embeds"].chunk(2)[-1]
+        return kwargs
+
+    cut_off = {"callback_on_step_end": without_guidance, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    tiny.latents(pipe, **inputs, **cut_off, gate_step=None)
+    with pytest.raises(tgate_fx.TGateError, match=r"At step 1 .* the batch changed: expected .* without what changes"):
+        tgate_fx.report(pipe, ladder=True)
+    tiny.latents(pipe, **inputs)
+    run = Gated.of(pipe).run  # type: ignore[union-attr]
+    run.device = torch.device("meta")  # type: ignore[union-attr]  # as if it had been moved since
+    with pytest.raises(tgate_fx.TGateError, match=r"is on cpu, and .* ran on meta: expected .* Move the pipeline back"):
+        tgate_fx.report(pipe, ladder=True)
+
+
+def test_a_step_costs_microseconds() -> None:
+    """50 µs between the pipeline's call and the compiled function's on an idle machine; here, ten times as much."""
+    pipe = tiny.sd()
+    pipe.set_progress_bar_config(disable=True)
+    tgate_fx.compile(pipe, gate_step=50, backend=overhead.nothing)
+    least = [
+        min(times) for times in zip(*[overhead.step_microseconds(pipe, 100).values() for _ in range(3)], strict=True)
+    ]
+    assert len(least) == 2
+    assert max(least) < 500
 
 
 def test_importing_is_cheap() -> None:

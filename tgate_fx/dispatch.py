@@ -167,6 +167,8 @@ class Run:
         cut: whether the step that ran last saw one guidance branch only.
         clock: what each step was, and how long it took.
         examples: for each phase what it was given first, for `tgate_fx.graphs`.
+        device: where the denoiser ran; None before the first step.
+        eager: whether its phases run eagerly.
     """
 
     def __init__(self, pipe: Any, gated: Gate, schedule: Schedule, guidance_scale: Any) -> None:
@@ -180,6 +182,8 @@ class Run:
         self._expected: int | None = None
         self.clock = StepClock()
         self.examples: dict[Roles, Example] = {}
+        self.device: torch.device | None = None
+        self.eager = isinstance(gated.phases, EagerPhases)
         self.steps = 0
         self.cut = False
 
@@ -215,6 +219,7 @@ class Run:
 
     def _begin(self, inputs: dict[str, Any], latents: torch.Tensor, guided: bool) -> None:
         """At the first step: settle where the gate is, and refuse now what could not be gated then."""
+        self.device = latents.device
         self._expected = families.step_count(self._pipe)
         self.schedule = self.schedule.resolve(self._expected)
         gate = self.schedule.gate_step

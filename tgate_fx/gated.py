@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from . import families
@@ -18,10 +19,11 @@ from .compiler import CompiledPhases
 from .deepcache import DeepCache, find_deep_branch
 from .dispatch import Dispatch, EagerPhases, Phases, Run
 from .errors import StateError
+from .ladder import climb
 from .packages import PackagedPhases
 from .phase_graph import Example, PhaseGraph, trace
 from .regional import RegionalPhases, add_regions
-from .report import Report
+from .report import Report, Rung
 from .schedule import Schedule
 from .settings import CompileSettings
 from .sites import Roles, Site
@@ -96,6 +98,7 @@ class Gated:
         def function_of(roles: Roles) -> PhaseFunction:
             return phase_function(dispatch.sites, dispatch.inner, roles, self.branch)
 
+        self._function_of = function_of
         self._eager = EagerPhases(function_of, dispatch.inner)
         self.compiled: CompiledPhases | RegionalPhases | PackagedPhases | None = None
         if packaged is not None:
@@ -220,7 +223,7 @@ class Gated:
         with self.dispatch.lock:
             return trace(self.denoiser, self.dispatch.sites, self.dispatch.inner, self.branch, of)
 
-    def report(self) -> Report:
+    def report(self, *, ladder: bool = False) -> Report:
         """The report on the last run; empty if there was none."""
         run, compiled = self.run, self.compiled
         steps = run.clock.steps() if run is not None else ()
@@ -232,7 +235,13 @@ class Gated:
             sites=len(self.sites(self.schedule if run is None else run.schedule)),
             compiler=compiled.describe() if compiled is not None else "eager",
             cache_bytes=self.cache.nbytes,
+            ladder=self._ladder() if ladder else (),
         )
+
+    def _ladder(self) -> tuple[Rung, ...]:
+        """Where the gain of the last run comes from."""
+        with self._one_at_a_time(), self.dispatch.lock, torch.no_grad():
+            return climb(self.run, self._function_of, next(self.denoiser.parameters()).device)
 
 
 def _bound(parameters: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str) -> Any:

@@ -148,13 +148,20 @@ def _attach(
     return pipe
 
 
-def report(pipe: Any) -> Report:
+def report(pipe: Any, *, ladder: bool = False) -> Report:
     """What the last generation of a gated pipeline did, step by step; `print` it for a table.
 
+    Args:
+        pipe: a pipeline under `gate`, `compile` or `load`.
+        ladder: also measure where its gain comes from, on this pipeline's own denoiser: what all steps take eagerly
+            and ungated, then with guidance dropped as it was, then with each kind of site cached as it was, and last
+            what the generation took compiled. Each different step runs a few times eagerly for this, on zeros.
+
     Raises:
-        StateError: the pipeline is not gated.
+        StateError: the pipeline is not gated; or, for a ladder, the last generation ran no step or compiled a graph, or
+            the denoiser was moved to another device since.
     """
-    return _gated(pipe).report()
+    return _gated(pipe).report(ladder=ladder)
 
 
 def graphs(pipe: Any) -> dict[str, PhaseGraph]:
