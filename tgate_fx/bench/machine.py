@@ -34,8 +34,10 @@ def machine() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """What the processor calls itself."""
-    return cpuinfo("model name") or platform.processor() or platform.machine()
+    """What the processor calls itself, with its family and model: a virtual machine may hide the rest."""
+    name = cpuinfo("model name") or platform.processor() or platform.machine()
+    family, model = cpuinfo("cpu family"), cpuinfo("model\t")
+    return f"{name} (family {family}, model {model})" if family and model else name
 
 
 def _version(package: str) -> str | None:
