@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tests.conftest import run
-from tgate_fx.bench import plots, tables
+from tgate_fx import macs
+from tgate_fx.architectures import ARCHITECTURES
+from tgate_fx.bench import contenders, machine, plots, tables
 from tgate_fx.bench.contenders import CONTENDERS, LADDER, applicable
-from tgate_fx.bench.race import Outcome, Race, groups
+from tgate_fx.bench.race import Outcome, Race, _Runner, groups
 from tgate_fx.bench.results import results
 from tgate_fx.bench.worker import Finished, Ready, Timing
-from tgate_fx.bench.workload import Workload
+from tgate_fx.bench.workload import PIPELINES, Workload
+from tgate_fx.schedule import Schedule
+from tgate_fx.settings import CompileSettings
 
 WORKLOAD = Workload("demo", 16, 5, (2,), "float32")
+GEMM = {0: [100.0], 1: [100.0]}
 
 
 def test_every_contender_has_its_reference_and_what_it_is_measured_against() -> None:
@@ -37,6 +45,24 @@ def test_transformers_have_no_deep_branch_and_no_callback() -> None:
     assert not [name for name in left if "deepcache" in name or "cutoff" in name]
 
 
+def test_the_ungated_run_of_compiled_contenders_captures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    outputs: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any], **kwargs: Any) -> Any:
+        outputs.append(len(graph.graph.output_node().args[0]))  # type: ignore[arg-type]
+        return graph.forward
+
+    monkeypatch.setattr(contenders, "CompileSettings", functools.partial(CompileSettings, backend))
+    pipe = PIPELINES["demo"](ARCHITECTURES["demo"].build("cpu"))
+    pipe.set_progress_bar_config(disable=True)
+    expected = WORKLOAD.latents(pipe, 3)
+    # What it sets is for the whole process.
+    with torch._inductor.config.patch(freezing=False), torch._dynamo.config.patch(fail_on_recompile_limit_hit=False):
+        generate = CONTENDERS["ungated-compiled"].prepare(pipe, WORKLOAD)
+        assert torch.equal(generate(3, 1), expected)
+    assert outputs == [1]
+
+
 def test_groups_fit_into_memory_and_hold_the_baseline() -> None:
     names = tuple(CONTENDERS)
     made = groups(names, weights_gib=3.0, budget_gib=18.0)
@@ -45,23 +71,27 @@ def test_groups_fit_into_memory_and_hold_the_baseline() -> None:
     for group in made:
         needed = 3.0 + sum(1.0 + 3.0 * CONTENDERS[name].copies for name in group)
         assert needed <= 18.0 or len(group) == 2
-    assert groups(names, 0.01, 100.0) == [
-        made[0][:1] + [name for group in groups(names, 0.01, 100.0) for name in group[1:]]
-    ]
+    assert len(groups(names, weights_gib=0.01, budget_gib=100.0)) == 1
     assert groups(("diffusers",), 3.0, 18.0) == [["diffusers"]]
 
 
-def test_a_contender_and_its_ungated_run_are_in_one_group() -> None:
+def test_what_is_compared_is_in_one_group() -> None:
     pairs = [("gated-openvino", "openvino"), ("gated-compiled", "ungated-compiled")]
     for order in itertools.permutations(name for pair in pairs for name in pair):
         made = groups(order, weights_gib=3.0, budget_gib=18.0)
         assert sorted(sorted(group[1:]) for group in made) == sorted(sorted(pair) for pair in pairs)
+    # Another of the same size is no reason to part them; nor is one that is compared with both but does not fit.
+    made = groups(tuple(CONTENDERS), weights_gib=3.2, budget_gib=21.2)
+    for name, other in pairs:
+        assert any({name, other} <= set(group) for group in made)
 
 
 def outcome(name: str, group: int, steps: tuple[float, ...], *, gate: int | None = None, **extra: Any) -> Outcome:
     """One that took these seconds a step, in three rounds that differ a little."""
     timings = [Timing(noise * sum(steps), tuple(noise * step for step in steps)) for noise in (1.0, 1.1, 0.9)]
-    ready = Ready(np.zeros(1), first_seconds=30.0, second_seconds=10.0, peak_gib=3.0)
+    # Before its first step a pipeline does more: no step of a phase.
+    timings = [Timing(each.seconds, (each.steps[0] + 5.0, *each.steps[1:])) for each in timings]
+    ready = Ready(np.zeros(1), first_seconds=30.0, second_seconds=10.0, peak_gib=3.0, graphs=1)
     return Outcome(name, group, ready, timings={gate: timings}, finished=Finished(2.0, 2, 0), **extra)
 
 
@@ -74,8 +104,8 @@ def test_what_is_computed_from_timings() -> None:
         outcome("gated-compiled", 1, (1.6, 1.6, 0.8, 0.8, 0.8), gate=2, error=1e-6),
         Outcome("openvino", 1, failure="it broke"),
     ]
-    measured = results(Race(outcomes, [100.0, 120.0, 110.0]), WORKLOAD, 3)
-    assert measured["gemm_gflops"] == 110.0
+    measured = results(Race(outcomes, {0: [100.0, 120.0, 120.0], 1: [60.0, 50.0, 70.0]}), WORKLOAD, 3)
+    assert measured["gemm_gflops"] == 85.0
     assert measured["failed"] == {"openvino": "it broke"}
     assert [row["median"] for row in measured["rows"]] == sorted(
         (row["median"] for row in measured["rows"]), reverse=True
@@ -87,6 +117,9 @@ def test_what_is_computed_from_timings() -> None:
     assert row["step_seconds"] == pytest.approx({"pre-gate": 1.6, "post-gate": 0.8})
     assert row["compile_seconds"] == pytest.approx(20)
     assert (row["peak_gib"], row["running_gib"]) == (3.0, 2.0)
+    assert (row["graphs"], row["recompiles"]) == (2, 1)
+    assert row["memory_over_ungated"] == 0
+    assert row["same_group"] is False
     # Against the one with the same settings, which ran on the machine when it was twice as fast.
     assert row["gain"] == pytest.approx((10 / 5.6) / (5 / 4))
     assert row["share_of_limit"] == pytest.approx(row["gain"] / row["limit"])
@@ -96,6 +129,9 @@ def test_what_is_computed_from_timings() -> None:
     assert frozen["speed_up"] == pytest.approx(1.25)
     # A step after the gate computes one branch, without cross-attention: less than half the multiply-adds.
     rates = row["gflops"]
+    pre_gate = 2 * macs.step_costs(macs.Generation("demo", 5, Schedule(2), size=16))[1].total
+    assert rates["pre-gate"] == pytest.approx(pre_gate / 1.6 / 1e9)
+    assert row["share_of_gemm"] == pytest.approx({phase: rate / 60.0 for phase, rate in rates.items()})
     assert rates["post-gate"] * 0.8 < 0.5 * rates["pre-gate"] * 1.6
 
 
@@ -104,7 +140,7 @@ def test_the_table_fits_into_80_columns(capsys: pytest.CaptureFixture[str], monk
     outcomes = [
         outcome(name, 0, (1.0,) * 5, gate=2 if contender.takes_gate else None) for name, contender in CONTENDERS.items()
     ]
-    measured = results(Race(outcomes, [100.0]), WORKLOAD, 3)
+    measured = results(Race(outcomes, GEMM), WORKLOAD, 3)
     tables.show(measured)
     tables.show_ladder(measured)
     said = capsys.readouterr().out
@@ -112,6 +148,73 @@ def test_the_table_fits_into_80_columns(capsys: pytest.CaptureFixture[str], monk
         assert name in said
     assert "…" not in said
     assert "Where the gain comes from: gate 2" in said
+
+
+def test_each_rung_is_set_against_the_one_it_adds_to(capsys: pytest.CaptureFixture[str]) -> None:
+    """Compiling is over the plain gate, whatever else is on the ladder."""
+    seconds = {
+        "diffusers": 1.0,
+        "cutoff": 0.8,
+        "gated": 0.5,
+        "gated-intervals": 0.4,
+        "gated-deepcache": 0.1,
+        "gated-compiled": 0.25,
+        "gated-deepcache-compiled": 0.05,
+    }
+    outcomes = [
+        outcome(name, 0, (each,) * 5, gate=2 if CONTENDERS[name].takes_gate else None) for name, each in seconds.items()
+    ]
+    tables.show_ladder(results(Race(outcomes, GEMM), WORKLOAD, 3))
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    said = {words[0]: words[2:] for words in lines if words and words[0] in seconds}
+    assert said == {
+        "diffusers": ["1.00x"],
+        "cutoff": ["1.25x", "diffusers", "1.25x"],
+        "gated": ["1.60x", "cutoff", "2.00x"],
+        "gated-intervals": ["1.25x", "gated", "2.50x"],
+        "gated-deepcache": ["5.00x", "gated", "10.00x"],
+        "gated-compiled": ["2.00x", "gated", "4.00x"],
+        "gated-deepcache-compiled": ["5.00x", "gated-compiled", "20.00x"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "latents", "failure"),
+    [
+        ("gated", [1.0, 2.0], None),
+        ("gated", [1.0, 2.0 + 1e-6], "5.0e-07 away from those of tgate"),  # eager ones must be equal
+        ("gated-compiled", [1.0, 2.0 + 1e-6], None),
+        ("gated-compiled", [1.0, 2.1], "5.0e-02 away from those of tgate"),
+        ("gated-compiled", [1.0, float("nan")], "nan away from those of tgate"),
+        ("openvino", [1.0, 2.0], "its reference, diffusers, failed"),
+        ("deepcache", [7.0, 7.0], None),
+    ],
+)
+def test_who_disagrees_with_its_reference_is_out(name: str, latents: list[float], failure: str | None) -> None:
+    ready = Ready(np.array(latents), first_seconds=2.0, second_seconds=1.0, peak_gib=1.0, graphs=0)
+    runner = _Runner(Outcome(name, 0, ready), WORKLOAD, None)  # type: ignore[arg-type]
+    runner.check({"tgate": np.array([1.0, 2.0])}, tolerance=1e-3)
+    assert (runner.outcome.failure or "").endswith(failure or "")
+    assert (runner.outcome.failure is None) is (failure is None)
+
+
+def test_a_process_that_has_ended_is_one_that_failed() -> None:
+    here, there = multiprocessing.Pipe()
+    runner = _Runner(Outcome("gated", 0), WORKLOAD, here)
+    there.close()
+    runner.run(2)
+    assert runner.outcome.failure == "its process ended (out of memory?)"
+    assert runner.outcome.timings == {}
+
+
+def test_the_most_memory_begins_anew() -> None:
+    machine.forget_peak()
+    before = machine.peak_gib()
+    held = np.ones(2**27)  # a GiB
+    assert 0.9 < machine.peak_gib() - before < 1.1
+    del held
+    machine.forget_peak()
+    assert abs(machine.peak_gib() - before) < 0.1
 
 
 def test_every_row_has_a_bar_at_its_own_label(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +228,7 @@ def test_every_row_has_a_bar_at_its_own_label(tmp_path: Path, monkeypatch: pytes
         outcome("diffusers", 1, (1.1,) * 5),
         outcome("tgate", 1, (0.6,) * 5, gate=2),
     ]
-    measured = results(Race(outcomes, [100.0]), WORKLOAD, 3)
+    measured = results(Race(outcomes, GEMM), WORKLOAD, 3)
     plots.plot(measured, tmp_path / "plot.png")
     bars = kept[0].axes[0]
     labels = {
@@ -142,6 +245,7 @@ def test_every_row_has_a_bar_at_its_own_label(tmp_path: Path, monkeypatch: pytes
     [
         (("--only", "nobody"), "--only nobody: expected of diffusers"),
         (("--only", "gated", "--ladder"), "and no --ladder"),
+        (("--only", "deepcache", "--arch", "pixart-alpha"), "--only deepcache: expected what there is for --arch"),
         (("--gate-step", "30"), "--gate-step 30"),
         (("--arch", "sd4"), "'sd4' is not one of"),
         (("--json", "no/such/folder/x.json"), "there is no folder"),

@@ -135,6 +135,15 @@ def test_the_command_counts_one_schedule(monkeypatch: pytest.MonkeyPatch, capsys
         assert part in said
 
 
+def test_without_a_gated_step_all_parameters_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "rows.json"
+    for gate, read in ((25, 859_520_964), (24, 815_558_404)):
+        assert run(monkeypatch, "macs", "--arch", "sd15", "--gate-step", gate, "--json", out) == 0
+        rows = json.loads(out.read_text())
+        assert [row["params"] for row in rows if row["variant"] == "the image"] == [read]
+        assert all({"model", "macs", "params", "page_macs", "page_params"} <= row.keys() for row in rows)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -142,6 +151,8 @@ def test_the_command_counts_one_schedule(monkeypatch: pytest.MonkeyPatch, capsys
         (("--arch", "sd15", "--gate-step", "soon"), "'soon': expected a step"),
         (("--arch", "sd15", "--sp-interval", "0"), "sp_interval=0"),
         (("--arch", "pixart-alpha", "--deepcache", "3", "1"), "expected a UNet for DeepCache"),
+        (("--arch", "sd15", "--deepcache", "0", "1"), "interval=0"),
+        (("--arch", "sd15", "--deepcache", "3", "-1"), "branch=-1"),
         (("--json", "no/such/folder/x.json"), "there is no folder"),
     ],
 )

@@ -31,7 +31,7 @@ def climb(run: Run | None, function_of: Callable[[Roles], PhaseFunction], device
     Raises:
         StateError: there are no steps that can be timed.
     """
-    if run is None or run.device is None:
+    if run is None or run.steps == 0:
         raise StateError(
             "No step has run since this pipeline was gated: expected a generation, whose steps the ladder times. "
             "Generate an image first."

@@ -74,13 +74,17 @@ def row(variant: str, generation: Generation) -> dict[str, Any]:
     """
     cost = image_cost(generation)
     total, without = parameters(generation.arch)
+    schedule = generation.schedule.resolve(generation.steps)
+    gated = any(schedule.at(index).gated for index in range(generation.steps))
     return {
         "model": ARCHITECTURES[generation.arch].title,
         "variant": variant,
         "macs": cost.layers,
-        "params": total if generation.schedule.gate_step is None else without,
+        "params": without if gated else total,
         "macs_with_attention": cost.total,
         "limit": image_cost(generation.plain).total / cost.total,
+        "page_macs": None,
+        "page_params": None,
     }
 
 
@@ -91,13 +95,17 @@ def schedule_rows(generation: Generation) -> list[dict[str, Any]]:
     for index, cost in enumerate(step_costs(generation)):
         phases.setdefault(schedule.at(index).phase, []).append(cost)
     title = ARCHITECTURES[generation.arch].title
+    total, without = parameters(generation.arch)
     rows = [
         {
             "model": title,
             "variant": f"a step: {phase}",
             "steps": len(costs),
             "macs": costs[0].layers,
+            "params": without if phase.startswith("post-gate") else total,
             "macs_with_attention": costs[0].total,
+            "page_macs": None,
+            "page_params": None,
         }
         for phase, costs in phases.items()
     ]

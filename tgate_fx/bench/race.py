@@ -6,7 +6,7 @@ import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -52,10 +52,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Race:
-    """All outcomes, and the GFLOP/s of a matrix product in every round."""
+    """All outcomes, and the GFLOP/s of a matrix product in every round, by group."""
 
     outcomes: list[Outcome]
-    gemm_gflops: list[float]
+    gemm_gflops: dict[int, list[float]]
 
 
 def race(names: Sequence[str], workload: Workload, rounds: int, keep: Callable[[Race], None]) -> None:
@@ -63,7 +63,7 @@ def race(names: Sequence[str], workload: Workload, rounds: int, keep: Callable[[
 
     Each is first checked against its reference, which runs too if it was not asked for.
     """
-    gemm: list[float] = []
+    gemm: dict[int, list[float]] = {}
     outcomes: list[Outcome] = []
     references: dict[str, np.ndarray[Any, Any]] = {}
     with tempfile.TemporaryDirectory() as folder, Progress() as progress:
@@ -89,22 +89,29 @@ def groups(names: Sequence[str], weights_gib: float, budget_gib: float) -> list[
     def takes(name: str) -> float:
         return _PROCESS_GIB + CONTENDERS[name].copies * weights_gib
 
+    def fits(name: str, group: Sequence[str]) -> bool:
+        return weights_gib + sum(map(takes, [*group, name])) <= budget_gib
+
     made: list[list[str]] = []
-    others = sorted((name for name in names if name != _BASELINE), key=takes, reverse=True)
-    for name in others:
-        for group in sorted(made, key=lambda group: not _are_compared(name, group)):
-            if weights_gib + sum(map(takes, [*group, name])) <= budget_gib:
-                group.append(name)
-                break
-        else:
-            made.append([_BASELINE, name])
+    left = sorted((name for name in names if name != _BASELINE), key=takes, reverse=True)
+    while left:
+        name = left.pop(0)
+        group = next((group for group in made if fits(name, group)), None)
+        if group is None:
+            group = [_BASELINE]
+            made.append(group)
+        group.append(name)
+        for other in [other for other in left if _are_compared(name, other)]:
+            if fits(other, group):
+                left.remove(other)
+                group.append(other)
     return made or [[_BASELINE]]
 
 
-def _are_compared(name: str, group: Sequence[str]) -> bool:
-    """Whether one is the ungated run of the other, for any in the group but the baseline, which is in all."""
-    others = [other for other in group if other != _BASELINE]
-    return any(CONTENDERS[name].ungated == other or CONTENDERS[other].ungated == name for other in others)
+def _are_compared(name: str, other: str) -> bool:
+    """Whether one is the ungated run or the reference of the other."""
+    pairs = ((name, other), (other, name))
+    return any(one in (CONTENDERS[two].ungated, CONTENDERS[two].reference) for one, two in pairs)
 
 
 class _Runner:
@@ -135,19 +142,22 @@ class _Runner:
 
     def run(self, gate: int | None) -> None:
         time.sleep(_PAUSE)
-        self._connection.send(1 if gate is None else gate)  # who takes no gate does not look at it
-        timing = self._receive()
+        timing = self._ask(1 if gate is None else gate)  # who takes no gate does not look at it
         if timing is not None:
             self.outcome.timings.setdefault(gate, []).append(timing)
 
     def finish(self) -> None:
-        self._connection.send(None)
-        self.outcome.finished = self._receive()
+        self.outcome.finished = self._ask(None)
+
+    def _ask(self, gate: int | None) -> Any:
+        with suppress(OSError):  # whose process has ended, which receiving finds too
+            self._connection.send(gate)
+        return self._receive()
 
     def _receive(self) -> Any:
         try:
             message = self._connection.recv()
-        except EOFError:
+        except (EOFError, OSError):
             message = Failed("its process ended (out of memory?)")
         if isinstance(message, Failed):
             self.outcome.failure = message.message
@@ -180,7 +190,7 @@ def _run_group(
     denoiser: Path,
     rounds: int,
     references: dict[str, np.ndarray[Any, Any]],
-    gemm: list[float],
+    gemm: dict[int, list[float]],
     progress: Progress,
 ) -> list[Outcome]:
     outcomes = [Outcome(name, number) for name in group]
@@ -197,7 +207,8 @@ def _run_group(
         turns = sum(len(runner.gates) for runner in runners)
         progress.reset(task, total=rounds * turns)
         for _ in range(rounds):
-            gemm.append(gemm_gflops(workload.torch_dtype))
+            time.sleep(_PAUSE)
+            gemm.setdefault(number, []).append(gemm_gflops(workload.torch_dtype))
             for runner in runners:
                 for gate in runner.gates:
                     progress.update(task, description=f"taking turns: {CONTENDERS[runner.outcome.name].title}")
@@ -207,5 +218,8 @@ def _run_group(
         for runner in runners:
             if runner.outcome.failure is None:
                 runner.finish()
+        if outcomes[0].failure is not None:
+            for outcome in outcomes[1:]:
+                outcome.failure = outcome.failure or f"{_BASELINE}, which it took turns with, failed"
         progress.remove_task(task)
     return outcomes

@@ -57,18 +57,13 @@ def _table(title: str, headings: tuple[str, ...], caption: str = "") -> Table:
 
 
 def show_ladder(results: dict[str, Any]) -> None:
-    """Print, for each gate, what every rung of the ladder gains over the one before it."""
+    """Print, for each gate, what every rung of the ladder gains over the one that it adds something to."""
     for gate in sorted({row["gate"] for row in results["rows"]} - {None}, reverse=True):
-        headings = ("", "image", "over the one before", "in all")
-        table = _table(f"Where the gain comes from: gate {gate}", headings)
-        before = None
-        for row in _rungs(results["rows"], gate):
-            step = "" if before is None else f"{row['speed_up'] / before:.2f}x"
-            table.add_row(row["title"], f"{row['median']:.2f}", step, f"{row['speed_up']:.2f}x")
-            before = row["speed_up"]
+        rows = {row["contender"]: row for row in results["rows"] if row["gate"] in (gate, None)}
+        table = _table(f"Where the gain comes from: gate {gate}", ("", "image", "gain", "over", "in all"))
+        for name, below in LADDER.items():
+            if name in rows:
+                speed_up = rows[name]["speed_up"]
+                gain = ("", "") if below not in rows else (f"{speed_up / rows[below]['speed_up']:.2f}x", below)
+                table.add_row(name, f"{rows[name]['median']:.2f}", *gain, f"{speed_up:.2f}x")
         Console().print(table)
-
-
-def _rungs(rows: list[dict[str, Any]], gate: int) -> list[dict[str, Any]]:
-    by_name = {row["contender"]: row for row in rows if row["gate"] in (gate, None)}
-    return [by_name[name] for name in LADDER if name in by_name]

@@ -33,12 +33,14 @@ class Ready:
         latents: of the short image.
         first_seconds, second_seconds: it was run twice; the first run includes compiling.
         peak_gib: the most memory at once until then.
+        graphs: compiled by torch.compile until then.
     """
 
     latents: np.ndarray[Any, Any]
     first_seconds: float
     second_seconds: float
     peak_gib: float
+    graphs: int
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,8 @@ def work(connection: Connection, name: str, workload: Workload, denoiser: Path, 
             generate = CONTENDERS[name].prepare(pipe, workload)
             first, _ = _timed(generate, CHECK_STEPS, CHECK_GATE, stamps)
             second, latents = _timed(generate, CHECK_STEPS, CHECK_GATE, stamps)
-            connection.send(Ready(latents.float().numpy(), first.seconds, second.seconds, peak_gib()))
+            values = latents.float().numpy()
+            connection.send(Ready(values, first.seconds, second.seconds, peak_gib(), _finished().graphs))
             forget_peak()
             while (gate := connection.recv()) is not None:
                 connection.send(_timed(generate, workload.steps, gate, stamps)[0])

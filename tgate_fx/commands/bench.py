@@ -68,7 +68,9 @@ def bench(
     unknown = [name for name in only if name not in CONTENDERS]
     if unknown or (only and ladder):
         raise click.UsageError(f"--only {' '.join(only)}: expected of {', '.join(CONTENDERS)}, and no --ladder.")
-    names = applicable(only or (LADDER if ladder else tuple(CONTENDERS)), arch)
+    names = applicable(only or tuple(LADDER if ladder else CONTENDERS), arch)
+    if only and len(names) < len(only):
+        raise click.UsageError(f"--only {' '.join(only)}: expected what there is for --arch {arch}, {' '.join(names)}.")
     run = " ".join([*names, *[str(CONTENDERS[name].reference) for name in names]])
     needed = {package for part, package in _PACKAGES.items() if part in run}
     needed |= {"matplotlib"} if plot_out is not None else set()

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from ..architectures import ARCHITECTURES
+from ..deepcache import DeepCache
 from ..schedule import AFTER_GATE, Schedule
 from .options import GateStep, OutFile
 
@@ -47,7 +48,8 @@ def macs(
     if arch is None:
         rows = macs_table.published_rows()
     else:
-        interval, branch = deepcache or (None, None)
+        deep = None if deepcache is None else DeepCache(*deepcache)
+        interval, branch = (None, None) if deep is None else (deep.interval, deep.branch)
         schedule = Schedule(gate_step, sp_interval, fi_interval, warm_up, interval, after_gate)
         rows = macs_table.schedule_rows(Generation(arch, steps, schedule, guided, branch, size))
     macs_table.show(rows)
