@@ -53,6 +53,10 @@ def test_it_generates_as_the_eager_pipeline_without_compiling(artifact: Path) ->
         with torch.compiler.set_stance("fail_on_recompile"):
             got = tiny.latents(pipe, **kwargs)
         assert relative_error(got, tiny.latents(eager, **kwargs)) < 1e-4
+    assert len(tgate_fx.warmup(pipe, **SIZE).steps) == 2
+    with pytest.raises(tgate_fx.StateError, match=says("was loaded from an artifact", "Copy the artifact")):
+        tgate_fx.save(pipe, artifact.with_name("again"))
+    tiny.latents(pipe, **kwargs)
     report = tgate_fx.report(pipe)
     assert report.compiled_graphs == 0
     assert report.gate == 3
@@ -111,6 +115,9 @@ def test_packages_without_freezing_read_the_pipelines_own_weights(tmp_path: Path
             conv = each.unet.conv_in
             conv.weight = nn.Parameter(change(conv.weight.detach()), requires_grad=False)
         assert relative_error(tiny.latents(pipe, **kwargs), tiny.latents(eager, **kwargs)) < 1e-4
+    pipe.unet.to(memory_format=torch.channels_last)  # compiled code goes by the strides that weights had
+    with pytest.raises(tgate_fx.StateError, match=says("conv_in", "changed after the artifact was loaded")):
+        tiny.latents(pipe, **kwargs)
     assert json.loads((path / "manifest.json").read_text())["contents"]["weights"] is None
 
 
@@ -140,6 +147,7 @@ def with_free_u(pipe: Any) -> None:
         (hooked, "conv_in"),
         (with_free_u, "up_blocks.0"),
         (lambda pipe: pipe.unet.to(torch.bfloat16), "conv_in"),
+        (lambda pipe: pipe.unet.to(memory_format=torch.channels_last), "conv_in"),
     ],
 )
 def test_a_pipeline_that_is_another_is_refused(change: Callable[[Any], None], message: str, artifact: Path) -> None:
@@ -163,6 +171,14 @@ def test_changes_after_loading_are_noticed(artifact: Path) -> None:
     with pytest.raises(tgate_fx.StateError, match=says("weights changed after the artifact was loaded")):
         tiny.latents(pipe, **kwargs)
     weight.data.copy_(kept)
+
+    def write(pipeline: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        weight.data.mul_(2)
+        return values
+
+    with pytest.raises(tgate_fx.StateError, match=says("weights changed after the artifact was loaded")):
+        tiny.latents(pipe, **kwargs, callback_on_step_end=write)
+    weight.data.copy_(kept)
     processor = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.processor
     other_processor(pipe)
     with pytest.raises(tgate_fx.StateError, match=says("attn1 changed after the artifact was loaded")):
@@ -177,6 +193,12 @@ def test_changes_after_loading_are_noticed(artifact: Path) -> None:
     with pytest.raises(tgate_fx.StateError, match=says("changed after the artifact was loaded")):
         tiny.latents(pipe, **kwargs, callback_on_step_end=change)
     pipe.disable_freeu()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(tgate_fx.StateError, match=says("torch has 2 threads: expected 1", "set_num_threads(1)")):
+            tiny.latents(pipe, **kwargs)
+    finally:
+        torch.set_num_threads(1)
     assert torch.equal(tiny.latents(pipe, **kwargs), before)
     fresh = tgate_fx.load(made(), artifact)
     assert torch.equal(tiny.latents(fresh, **kwargs), before)
@@ -246,13 +268,15 @@ def flip(path: Path) -> None:
         (lambda path: library(path, 1).unlink(), ".wrapper.so is missing"),
         (lambda path: truncate(path / "manifest.json"), "no whole artifact"),
         (lambda path: (path / "manifest.json").unlink(), "no whole artifact"),
-        (in_text('"format": 3', '"format": 99'), "has format 99: expected 3"),
+        (in_text('"format": 4', '"format": 99'), "has format 99: expected 4"),
         (lambda path: truncate(path / "constants.bin"), "constants.bin is"),
         (lambda path: flip(path / "constants.bin"), "and not as it was written"),
         (in_text('"gate_step": 3', '"gate_step": 4'), "manifest.json is not as it was written"),
         (in_text('"contents"', '"content"'), "manifest.json is not as it was written"),
         (lambda path: shutil.copy(library(path, 0), library(path, 0).with_name("2.wrapper.so")), "torch cannot load"),
         (change_manifest(lambda said: said.update(torch="1.0")), "The torch's version is"),
+        (change_manifest(lambda said: said.update(diffusers="0.1")), "The diffusers's version is"),
+        (change_manifest(lambda said: said["processor"].update(threads="64")), "threads is 1: expected 64"),
         (change_manifest(lambda said: said["processor"].update(capability="AVX9000")), "expected AVX9000"),
         (change_manifest(lambda said: said["processor"].update(device="cuda")), "device is cpu: expected cuda"),
         (change_manifest(lambda said: said["model"].update(in_channels="9")), "in_channels is 4: expected 9"),

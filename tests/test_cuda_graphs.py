@@ -10,6 +10,7 @@ import torch
 import tgate_fx
 from tests import tiny
 from tests.replay import ReplayBackend, ReplayError, copies_of
+from tests.test_refusals import says
 from tgate_fx import cache, compiler, settings
 
 _FIRST = ("sd", "sdxl", "pixart-alpha", "svd")
@@ -29,8 +30,7 @@ EVERY = [
 @pytest.fixture
 def replay(monkeypatch: pytest.MonkeyPatch) -> ReplayBackend:
     """A backend under which the CPU passes for a device with CUDA graphs."""
-    for module in (cache, settings):
-        monkeypatch.setattr(module, "has_cuda_graphs", lambda device: True)
+    monkeypatch.setattr(settings, "_has_cuda_graphs", lambda device: True)
     return ReplayBackend()
 
 
@@ -106,3 +106,36 @@ def test_the_emulation_catches_graphs_that_write_to_their_inputs() -> None:
 
     with pytest.raises(ReplayError, match="writes to its inputs"):
         torch.compile(bump, backend=ReplayBackend(), fullgraph=True)(torch.zeros(2))
+
+
+def test_the_emulation_counts_caches_that_are_copied(replay: ReplayBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What marking them as static is for."""
+    monkeypatch.setattr(settings.CompileSettings, "fixes_addresses", lambda self, device: False)
+    pipe = compiled("sd", replay)
+    tiny.latents(pipe, **tiny.inputs("sd"), num_inference_steps=8)
+    assert copies_of(replay, "cache") > 0
+
+
+def test_warmup_records(replay: ReplayBackend) -> None:
+    """A graph is recorded when it runs again: with the first request there is nothing left but to replay."""
+    pipe = compiled("sd", replay)
+    tgate_fx.warmup(pipe, height=16, width=16)
+    assert [graph.outputs == [] for graph in replay.graphs] == [False, False]
+
+
+def test_regions_under_replay_are_refused(replay: ReplayBackend) -> None:
+    pipe = compiled("sd", replay, regional=True)
+    with pytest.raises(tgate_fx.UnsupportedError, match=says("regional=True", "CUDA graphs", "Leave regional out")):
+        tiny.latents(pipe, **tiny.inputs("sd"), num_inference_steps=4)
+    tgate_fx.restore(pipe)
+    tiny.latents(pipe, **tiny.inputs("sd"), num_inference_steps=4)
+
+
+def test_a_graph_that_freezes_copies_its_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is marked as static would be one of its constants."""
+    monkeypatch.setattr(settings, "_has_cuda_graphs", lambda device: True)
+    device = torch.device("cpu")
+    replays = settings.CompileSettings(mode="reduce-overhead")
+    freezes = settings.CompileSettings(options={"freezing": True, "triton.cudagraphs": True})
+    assert (replays.fixes_addresses(device), freezes.fixes_addresses(device)) == (True, False)
+    assert freezes.replays(device)

@@ -123,6 +123,44 @@ def test_nothing_held_never_changes() -> None:
     assert not weights.changed()
 
 
+@pytest.mark.parametrize("change", [double, write_past_the_version_counter, negate, replace, transpose])
+def test_what_rewrites_a_weight_is_seen_at_a_glance(change: Callable[[nn.Linear], None]) -> None:
+    layer = nn.Linear(300, 300).requires_grad_(False)
+    weights = held(layer)
+    assert not weights.changed(at_a_glance=True)
+    change(layer)
+    assert weights.changed(at_a_glance=True)
+
+
+def test_a_glance_reads_only_the_beginning() -> None:
+    layer = nn.Linear(300, 300).requires_grad_(False)
+    weights = held(layer)
+    write_one_value(layer)
+    assert not weights.changed(at_a_glance=True)
+    assert weights.changed()
+
+
+def test_all_bits_are_read_once_a_generation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether its steps are trusted or not."""
+    glances: list[bool] = []
+    changed = HeldWeights.changed
+
+    def recorded(self: HeldWeights, *, at_a_glance: bool = False) -> bool:
+        glances.append(at_a_glance)
+        return changed(self, at_a_glance=at_a_glance)
+
+    monkeypatch.setattr(HeldWeights, "changed", recorded)
+    pipe = tgate_fx.compile(tiny.make("sd"), gate_step=2, backend=CountingBackend())
+    for extra, expected in (
+        ({}, [False]),
+        ({"callback_on_step_end": lambda *_: {}}, [False, True, True, True]),
+        ({}, [False]),
+    ):
+        glances.clear()
+        tiny.latents(pipe, **tiny.inputs("sd"), num_inference_steps=4, **extra)
+        assert glances == expected
+
+
 def test_a_weight_that_is_gone_has_changed() -> None:
     layer = nn.Linear(3, 3)
     weights = HeldWeights(layer)
@@ -256,9 +294,9 @@ def test_weights_that_change_before_the_first_step_are_noticed(freezing: Any, mo
     before = tiny.latents(pipe, **kwargs)
     checked: list[HeldWeights] = []
 
-    def counted(held: HeldWeights) -> bool:
+    def counted(held: HeldWeights, *, at_a_glance: bool) -> bool:
         checked.append(held)
-        return changed(held)
+        return changed(held, at_a_glance=at_a_glance)
 
     changed = HeldWeights.changed
     with monkeypatch.context() as patch:

@@ -11,6 +11,7 @@ import torch
 import tgate_fx
 from tests import tiny
 from tests.conftest import CountingBackend
+from tests.test_refusals import says
 from tgate_fx.settings import CompileSettings
 from tgate_fx.slots import Replacement
 
@@ -95,3 +96,8 @@ def test_freezing_is_off() -> None:
     settings = CompileSettings(regional=True)
     assert settings.options_for(torch.device("cpu")) is None
     assert settings.describe(torch.device("cpu")) == "torch.compile (inductor, regional)"
+
+
+def test_freezing_is_refused() -> None:
+    with pytest.raises(tgate_fx.UnsupportedError, match=says("regional=True", "freezing", "Leave regional out")):
+        tgate_fx.compile(tiny.make("sd"), regional=True, options={"freezing": True})

@@ -77,6 +77,11 @@ def test_what_it_refuses(backend: CountingBackend) -> None:
         tgate_fx.warmup(pipe, batch_size=0)
     with pytest.raises(tgate_fx.ArgumentError, match=says("batch_size=2", "together with prompt", "Leave it out")):
         tgate_fx.warmup(pipe, batch_size=2, prompt="a cat")
+    for name in ("num_inference_steps", "gate_step", "sizes"):
+        with pytest.raises(tgate_fx.ArgumentError, match=says(f"{name} was given", "Leave it out")):
+            tgate_fx.warmup(pipe, **{name: 3})
+    with pytest.raises(tgate_fx.ArgumentError, match=says("height was given for a StableDiffusionImg2ImgPipeline")):
+        tgate_fx.warmup(tgate_fx.compile(tiny.make("sd-img2img"), backend=backend), height=16)
     video = tgate_fx.compile(tiny.make("svd"), backend=backend)
     with pytest.raises(tgate_fx.ArgumentError, match=says("batch_size=2", "takes no prompts")):
         tgate_fx.warmup(video, batch_size=2, **tiny.inputs("svd"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 import shutil
 import tempfile
@@ -36,7 +37,7 @@ Pipeline = TypeVar("Pipeline")
 
 _MANIFEST = "manifest.json"
 _CONSTANTS = "constants.bin"
-_FORMAT = 3
+_FORMAT = 4
 _INSIDE = Path("data", "aotinductor", "model")  # where torch looks for a package's files, in the package's folder
 
 
@@ -49,7 +50,7 @@ def save(
     batch_size: int | None = None,
     **inputs: Any,
 ) -> Path:
-    """Compile a pipeline's phases ahead of time, and keep them for `load`.
+    """Compile a pipeline's phases ahead of time, and keep them for `load`. Nothing else may generate with it meanwhile.
 
     Args:
         pipe: a pipeline under `tgate_fx.compile`, with inductor.
@@ -70,7 +71,11 @@ def save(
         raise ArgumentError(f"There is something at {path}: expected nothing. Remove it, or give another path.")
     gated, call = call_for(pipe, height, width, batch_size, inputs)
     settings = gated.settings
-    assert settings is not None
+    if settings is None:
+        raise StateError(
+            f"This {type(pipe).__name__} was loaded from an artifact: expected one given to tgate_fx.compile. Copy the "
+            "artifact, or compile a plain pipeline."
+        )
     device = next(gated.denoiser.parameters()).device
     _check_settings(settings, device)
     with gated.eagerly():
@@ -93,6 +98,7 @@ def save(
             ]
         contents = {
             "torch": torch.__version__,
+            "diffusers": importlib.metadata.version("diffusers"),
             "processor": fingerprint.processor(device),
             "model": _model(gated.denoiser),
             "structure": fingerprint.structure(gated.denoiser),
@@ -112,8 +118,8 @@ def load(pipe: Pipeline, path: str | Path) -> Pipeline:
     """Gate a pipeline with phases that `save` compiled; nothing is compiled any more.
 
     The pipeline must be as it was then, weights included where they are part of the packages (`freezing`), and so must
-    torch and the processor. Images are generated for the height, width, batch and guidance it was saved for; gate,
-    steps, seeds and schedulers may change.
+    torch, diffusers, the processor and the number of threads. Images are generated for the height, width, batch and
+    guidance it was saved for; gate, steps, seeds and schedulers may change.
 
     The packages are native code, which is run: load only what you trust.
 
@@ -260,14 +266,15 @@ def _digest(contents: dict[str, Any]) -> str:
 
 
 def _check_environment(manifest: dict[str, Any], denoiser: nn.Module) -> None:
-    """Raise `StateError` where torch, the processor or the model's configuration is another."""
+    """Raise `StateError` where torch, diffusers, the processor or the model's configuration is another."""
     device = next(denoiser.parameters()).device
     now: dict[str, dict[str, str]] = {
         "torch": {"version": torch.__version__},
+        "diffusers": {"version": importlib.metadata.version("diffusers")},
         "processor": fingerprint.processor(device),
         "model": _model(denoiser),
     }
-    saved = {**manifest, "torch": {"version": manifest["torch"]}}
+    saved = manifest | {name: {"version": manifest[name]} for name in ("torch", "diffusers")}
     for what, here in now.items():
         for name in fingerprint.differences(saved[what], here):
             raise StateError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -14,9 +14,13 @@ class StaticCache:
     A CUDA-graph replay overwrites the outputs of the replay before it, so a captured tensor must be copied out of the
     graph before the next call; and it re-records if an input's address moves, so the copy must always land in the same
     place. Both hold here on every device.
+
+    Args:
+        fixed: whether graphs on a device read their caches in place, as CUDA graphs do: then addresses are marked.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, fixed: Callable[[torch.device], bool]) -> None:
+        self._fixed = fixed
         self._sets: dict[tuple[object, ...], tuple[torch.Tensor, ...]] = {}
 
     def keep(self, kind: int, captured: Sequence[torch.Tensor], *, merge: bool) -> tuple[torch.Tensor, ...]:
@@ -33,7 +37,7 @@ class StaticCache:
         key = (kind, *forms)
         buffers = self._sets.get(key)
         if buffers is None:
-            buffers = tuple([_buffer(shape, tensor) for shape, tensor in zip(shapes, captured, strict=True)])
+            buffers = tuple([self._buffer(shape, tensor) for shape, tensor in zip(shapes, captured, strict=True)])
             self._sets[key] = buffers
         for buffer, tensor in zip(buffers, captured, strict=True):
             if merge:
@@ -53,20 +57,14 @@ class StaticCache:
         """The bytes of all buffers."""
         return sum(buffer.nbytes for buffer in self.buffers())
 
+    def _buffer(self, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+        # Under inference mode a new tensor could only ever be written under inference mode again.
+        with torch.inference_mode(False):
+            buffer = torch.empty(shape, dtype=like.dtype, device=like.device)
+        if self._fixed(buffer.device):
+            torch._dynamo.mark_static_address(buffer)
+        return buffer
+
 
 def _kept_shape(tensor: torch.Tensor, merge: bool) -> tuple[int, ...]:
     return (tensor.shape[0] // 2, *tensor.shape[1:]) if merge else tuple(tensor.shape)
-
-
-def _buffer(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
-    # Under inference mode a new tensor could only ever be written under inference mode again.
-    with torch.inference_mode(False):
-        buffer = torch.empty(shape, dtype=like.dtype, device=like.device)
-    if has_cuda_graphs(buffer.device):
-        torch._dynamo.mark_static_address(buffer)
-    return buffer
-
-
-def has_cuda_graphs(device: torch.device) -> bool:
-    """Whether graphs on this device may be replayed as CUDA graphs."""
-    return device.type == "cuda"

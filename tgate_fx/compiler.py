@@ -47,6 +47,9 @@ class Variant:
         # Without this, hooks that are registered on modules later would not be noticed. (Every patch object that torch
         # makes takes memory for good, so there is one for all calls.)
         self._with_hook_guards = torch._dynamo.config.patch(skip_nnmodule_hook_guards=False)
+        # Else sizes that are equal when a graph is made would have to be equal for good.
+        sizes: Any = torch.fx.experimental._config
+        self._sizes = sizes.patch(use_duck_shape=False) if settings.dynamic else nullcontext()
         self._function = _with_code(function, code)
         options = settings.options_for(device)
         if guard_filter is not None:
@@ -66,7 +69,7 @@ class Variant:
     def __call__(self, *args: Any) -> Any:
         """Run with every guard checked, compiling if need be."""
         try:
-            with self._frozen, self._with_hook_guards:
+            with self._frozen, self._with_hook_guards, self._sizes:
                 result = self._compiled(*args)
         except torch._dynamo.exc.TorchDynamoException as error:
             refused = getattr(error, "inner_exception", None)
@@ -151,6 +154,7 @@ class CompiledPhases(Compiled):
         self._denoiser = denoiser
         self._checked: dict[Variant, object] = {}  # the form of the inputs its guards were last checked with
         self._trusted = False
+        self._first = True
         self._held = HeldWeights(denoiser)
         self._replays = False
 
@@ -159,6 +163,7 @@ class CompiledPhases(Compiled):
         super().begin(trusted=trusted)
         self._trusted = trusted
         self._checked = {}
+        self._first = True
 
     def __call__(self, step: Step, cache: Cache, inputs: dict[str, Any]) -> PhaseResult:
         """Run one step; see `tgate_fx.dispatch.Phases`."""
@@ -201,7 +206,8 @@ class CompiledPhases(Compiled):
 
     def _drop_stale(self) -> None:
         """Forget graphs that hold weights which the denoiser no longer has."""
-        if self._held.changed():
+        first, self._first = self._first, False
+        if self._held.changed(at_a_glance=not first):
             self._variants = {}
             self._checked = {}
             self._held = HeldWeights(self._denoiser)

@@ -11,6 +11,7 @@ import base64
 import ctypes
 import hashlib
 import importlib
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,8 @@ OPTIONS = {
     "aot_inductor.package_constants_in_so": False,
     "aot_inductor.package_constants_on_disk_format": "pickle_weights",  # nothing is pickled: they are just returned
 }
+
+_RETURNING = threading.Lock()  # what is replaced for it is the whole process's
 
 _ALIGNMENT = 64  # bytes: a cache line, and the widest vector
 
@@ -47,7 +50,7 @@ def returned() -> Iterator[None]:
             f"torch {torch.__version__} does not hand out compiled weights as expected. Use 2.13, "
             'options={"freezing": False}, or tgate_fx.warmup in every process.'
         )
-    with mock.patch.object(codecache, "TensorProperties", lambda tensor: tensor):
+    with _RETURNING, mock.patch.object(codecache, "TensorProperties", lambda tensor: tensor):
         yield
 
 

@@ -29,7 +29,7 @@ _DEPTH = 4
 def structure(denoiser: nn.Module) -> dict[str, str]:
     """For every module of a denoiser, a digest of all but its weights' values.
 
-    That is its class, attributes, hooks, attention processor, and the names, shapes and dtypes of its weights.
+    That is its class, attributes, hooks, attention processor, and the names, shapes, strides and dtypes of its weights.
     """
     return {name: _digest(_of_module(module)) for name, module in denoiser.named_modules()}
 
@@ -41,7 +41,10 @@ def weights(denoiser: nn.Module) -> dict[str, str]:
 
 
 def processor(device: torch.device) -> dict[str, str]:
-    """What code for a device is compiled for: the kind of processor, and the instructions that it has."""
+    """What code for a device is compiled for: the kind of processor, its instructions, and on a CPU the threads.
+
+    Inductor writes the number of threads into its loops and into the arrays in which they leave their parts of a sum.
+    """
     if device.type == "cuda":
         return {
             "device": "cuda",
@@ -52,6 +55,7 @@ def processor(device: torch.device) -> dict[str, str]:
         "device": device.type,
         "capability": torch.backends.cpu.get_cpu_capability(),
         "instructions": _instructions(),
+        "threads": str(torch.get_num_threads()),
     }
 
 
@@ -85,8 +89,10 @@ def _of_module(module: nn.Module) -> object:
     )
 
 
-def _form(tensor: torch.Tensor) -> tuple[str, str, str]:
-    return (str(tuple(tensor.shape)), str(tensor.dtype), tensor.device.type)
+def _form(tensor: torch.Tensor) -> tuple[str, ...]:
+    # Compiled code reads a tensor by the strides that it had then.
+    strides = str(tensor.stride()) if tensor.layout is torch.strided else str(tensor.layout)
+    return (str(tuple(tensor.shape)), strides, str(tensor.dtype), tensor.device.type)
 
 
 def _described(value: Any, depth: int) -> object:

@@ -78,7 +78,7 @@ class Gated:
         self._plain_class = type(pipe)
         base: type[Any] = getattr(self._plain_class, _PLAIN_CLASS, None) or self._plain_class
         self._gated_class = _gated_class(base)  # type: ignore[arg-type]
-        self.cache = StaticCache()
+        self.cache = StaticCache(settings.fixes_addresses if settings is not None else lambda device: False)
         self.run: Run | None = None
         self._generating = threading.Lock()
         self._thread: int | None = None

@@ -76,6 +76,8 @@ class PackagedPhases:
         self._by_form: dict[object, Package] = {}
         self._trusted = False
         self._checked = False
+        self._first = True
+        self._threads = torch.get_num_threads()
         self._held = HeldWeights(denoiser) if frozen else None
         self._shared: list[int] = []  # where the weights are that packages read
         if self._held is not None:
@@ -89,6 +91,7 @@ class PackagedPhases:
         """Begin a generation; ``trusted`` if nothing changes the denoiser between its steps."""
         self._trusted = trusted
         self._checked = False
+        self._first = True
 
     def __call__(self, step: Step, cache: Cache, inputs: dict[str, Any]) -> PhaseResult:
         """Run one step; see `tgate_fx.dispatch.Phases`."""
@@ -124,7 +127,12 @@ class PackagedPhases:
         )
 
     def _check(self) -> None:
-        """Raise `StateError` unless the denoiser is what the packages were compiled from."""
+        """Raise `StateError` unless the denoiser and torch are what the packages were compiled for."""
+        if torch.get_num_threads() != self._threads:
+            raise StateError(
+                f"torch has {torch.get_num_threads()} threads: expected {self._threads}, for which the artifact was "
+                f"compiled. Call torch.set_num_threads({self._threads}), or save another artifact with this many."
+            )
         changed = fingerprint.differences(self._structure, fingerprint.structure(self._denoiser))
         if changed:
             raise StateError(
@@ -132,7 +140,8 @@ class PackagedPhases:
                 "that was saved. Undo the change, or save another artifact with it."
             )
         if self._held is not None:
-            if self._held.changed():
+            first, self._first = self._first, False
+            if self._held.changed(at_a_glance=not first):
                 raise StateError(
                     "The denoiser's weights changed after the artifact was loaded: expected those that it holds. Put "
                     "them back, or save another artifact with the new ones."

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map_only
 
 from .compiler import Compiled, Variant
+from .errors import UnsupportedError
 from .families import first_input
 from .schedule import Step
 from .settings import CompileSettings
@@ -71,15 +71,18 @@ class RegionalPhases(Compiled):
     def __call__(self, step: Step, cache: Cache, inputs: dict[str, Any]) -> PhaseResult:
         """Run one step; see `tgate_fx.dispatch.Phases`."""
         self._device = first_input(inputs)[1].device
-        replays = self._settings.replays(self._device)
-        if replays:
-            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        if self._settings.replays(self._device):
+            raise UnsupportedError(
+                f"regional=True was given with {self.describe()}, under which a step would replay many CUDA graphs: "
+                "expected whole phases for that, or no CUDA graphs. Leave regional out, or use "
+                'mode="max-autotune-no-cudagraphs".'
+            )
         self._sites.run_region = functools.partial(self._run, step)
         try:
             output, captured = self._function_of(step.roles)(cache, (), inputs)
         finally:
             self._sites.run_region = None
-        return (tree_map_only(torch.Tensor, torch.clone, output) if replays else output), captured
+        return output, captured
 
     def _run(self, step: Step, region: Region, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one block with the roles that its sites have now."""

@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 
-from .cache import has_cuda_graphs
 from .errors import UnsupportedError
 
 _CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
+
+
+def _has_cuda_graphs(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 def inductor_options(mode: str | None, options: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -36,7 +39,13 @@ class CompileSettings:
     regional: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse what OpenVINO cannot do."""
+        """Refuse what OpenVINO and regions cannot do."""
+        if self.regional and (self.options or {}).get("freezing"):
+            raise UnsupportedError(
+                'regional=True and options={"freezing": True} were both given: expected one of them, since a frozen '
+                "graph holds the weights of one block, and would not serve those that are like it. Leave regional out "
+                "to compile whole phases."
+            )
         if self.backend != "openvino":
             return
         given = [name for name in ("mode", "dynamic", "regional") if getattr(self, name)]
@@ -67,7 +76,11 @@ class CompileSettings:
     def replays(self, device: torch.device) -> bool:
         """Whether graphs on this device may be CUDA-graph replays, whose outputs the next replay overwrites."""
         options = self.options or {}
-        return has_cuda_graphs(device) and (self.mode in _CUDA_GRAPH_MODES or bool(options.get("triton.cudagraphs")))
+        return _has_cuda_graphs(device) and (self.mode in _CUDA_GRAPH_MODES or bool(options.get("triton.cudagraphs")))
+
+    def fixes_addresses(self, device: torch.device) -> bool:
+        """Whether graphs on this device read their caches where they are; a frozen one would hold them as constants."""
+        return self.replays(device) and not self.freezes(device)
 
     def describe(self, device: torch.device) -> str:
         """The settings in force on this device, in words."""

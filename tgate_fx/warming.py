@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from .compiler import Compiled
 from .errors import ArgumentError, StateError
 from .gated import Gated
 from .report import Report
@@ -17,6 +16,7 @@ from .schedule import Schedule, check_count
 from .sites import Roles
 
 _TRIES = 4
+_CHOSEN = ("num_inference_steps", "gate_step")
 
 
 def warmup(
@@ -30,10 +30,12 @@ def warmup(
     """Compile every phase of a pipeline for one size of image, by generating one in as few steps as reach them all.
 
     Graphs are for one shape and dtype of the denoiser's inputs: call this once for each size and batch that will be
-    asked for, and once more with ``guidance_scale=1`` if images without guidance will be, for their batch is another.
+    asked for, and once more with ``guidance_scale=1`` if images without guidance will be, for their batch is another;
+    and under ``torch.inference_mode()`` if they will be asked for under it. Where phases are CUDA graphs they are
+    recorded too. Nothing else may generate with the pipeline meanwhile.
 
     Args:
-        pipe: a pipeline under `tgate_fx.compile`.
+        pipe: a pipeline under `tgate_fx.compile`, or from `tgate_fx.load`, which has nothing left to compile.
         height, width: of the image in pixels; None is the pipeline's default.
         batch_size: how many prompts at once; 1 if left out.
         inputs: what else the pipeline's call needs: an image, ``prompt_embeds`` in place of prompts, a guidance scale.
@@ -42,11 +44,14 @@ def warmup(
         The report on that generation: its seconds include compiling.
 
     Raises:
-        ArgumentError: ``batch_size`` was given for a pipeline without prompts, or together with prompts.
-        StateError: the pipeline is not under `tgate_fx.compile`, or ends before it reaches every phase.
+        ArgumentError: ``batch_size`` was given for a pipeline without prompts, or together with prompts; or something
+            that the pipeline's call does not take, or that is chosen here: the steps and the gate.
+        StateError: the pipeline is not compiled, or ends before it reaches every phase.
     """
     gated, call = call_for(pipe, height, width, batch_size, inputs)
     reach_every_phase(pipe, gated, call, "compiling")
+    if gated.settings is not None and gated.settings.replays(next(gated.denoiser.parameters()).device):
+        reach_every_phase(pipe, gated, call, "recording")  # a CUDA graph is recorded when it runs again
     return gated.report()
 
 
@@ -55,13 +60,19 @@ def call_for(
 ) -> tuple[Gated, dict[str, Any]]:
     """The gate of a compiled pipeline, and what to call it with for images of this size; see `warmup`."""
     gated = Gated.of(pipe)
-    if gated is None or not isinstance(gated.compiled, Compiled):
+    if gated is None or gated.compiled is None:
         raise StateError(
             f"This {type(pipe).__name__} is not compiled: expected one given to tgate_fx.compile. There is nothing to "
             "compile ahead for any other."
         )
     sizes = {"height": height, "width": width}
     call = {**inputs, **{name: size for name, size in sizes.items() if size is not None}}
+    refused = [name for name in call if name not in gated.parameters or name in _CHOSEN]
+    if refused:
+        raise ArgumentError(
+            f"{', '.join(refused)} was given for a {type(pipe).__name__}: expected what its call takes, without "
+            f"{' and '.join(_CHOSEN)}, which are chosen to reach every phase. Leave it out."
+        )
     return gated, call | _prompts(pipe, gated, batch_size, inputs)
 
 
