@@ -23,7 +23,7 @@ from tgate_fx.demo.scenes import random_scene
 
 
 def generate(prompts: list[str], *, steps: int, compiled: bool) -> list[Image]:
-    """An image of every prompt, the same ones for any number of processes; complete in the first process only."""
+    """An image of every prompt, in every process; the same ones for any number of processes."""
     state = PartialState(cpu=not torch.cuda.is_available())
     pipe = demo.load().to(state.device)
     pipe.set_progress_bar_config(disable=not state.is_main_process)

@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import io
 import json
+import math
 import random
 import socket
 import statistics
@@ -45,6 +46,11 @@ BAD: tuple[dict[str, Any], ...] = (
     {"prompt": "a red star", "guidance_scale": -1.0},
     {"prompt": "a red star", "gate_step": 0},
     {"prompt": "a red star", "size": 9},
+    {"prompt": "a red star", "guidance_scale": math.inf},
+    {"prompt": "a red star", "guidance_scale": math.nan},
+    {"prompt": "a red star \ud800"},
+    {"prompt": "a red star", "\ud800": 1},
+    {"prompt": "a red star " * 30},  # more tokens than the text encoder reads
     {"prompt": "a red star " * 100},
 )
 _PATIENCE = 60.0  # seconds until a request without an answer is an error
@@ -66,7 +72,7 @@ def load(pipe: Any, requests: int, clients: int, *, steps: int, seed: int = 0) -
     plans = [_plan(rng, steps) for _ in range(requests)]
     generate = generator(pipe)
     expected = {_key(body): _pixels(generate(ImageRequest(**body))) for kind, body in plans if kind == "good"}
-    with serving(pipe, _failing(generate)) as address:
+    with serving(pipe, _failing(pipe)) as address:
         started = time.perf_counter()
         answers = asyncio.run(_run(address, plans, clients))
         elapsed = time.perf_counter() - started
@@ -117,50 +123,53 @@ def _plan(rng: random.Random, steps: int) -> tuple[str, dict[str, Any]]:
     return kind, body
 
 
-def _failing(generate: Generate) -> Generate:
-    """The same, but for one seed: there it raises in the middle of a generation."""
+def _failing(pipe: Any) -> Generate:
+    """How the pipeline serves a request, but for one seed: there it raises in the middle of the generation."""
 
-    def generate_or_fail(asked: ImageRequest) -> Image.Image:
-        image = generate(asked)
-        if asked.seed == _FAILS:
+    def fail(pipeline: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        if index == 1:
             raise RuntimeError("on purpose")
-        return image
+        return values
 
-    return generate_or_fail
+    generate, generate_and_fail = generator(pipe), generator(pipe, callback_on_step_end=fail)
+    return lambda asked: (generate_and_fail if asked.seed == _FAILS else generate)(asked)
 
 
 @contextlib.contextmanager
 def serving(pipe: Any, generate: Generate, queue_length: int = 10_000) -> Iterator[str]:
     """The service on a free port of this machine, in a thread; its address."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    app = application(pipe, generate, queue_length=queue_length)
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="critical"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    try:
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.should_exit = True
-        thread.join()
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        app = application(pipe, generate, queue_length=queue_length)
+        server = uvicorn.Server(uvicorn.Config(app, log_level="critical"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        while not server.started:
+            if not thread.is_alive():
+                raise RuntimeError("the service did not start")
+            time.sleep(0.01)
+        try:
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
 
 
 async def _run(address: str, plans: list[tuple[str, dict[str, Any]]], clients: int) -> list[Any]:
     turn = asyncio.Semaphore(clients)
     limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=address, timeout=_PATIENCE, limits=limits) as client:
+    headers = {"content-type": "application/json"}
+    async with httpx.AsyncClient(base_url=address, timeout=_PATIENCE, limits=limits, headers=headers) as client:
 
         async def ask(kind: str, body: dict[str, Any]) -> tuple[int | None, bytes, float]:
             async with turn:
                 started = time.perf_counter()
                 if kind == "leaving":
+                    patience = random.Random(body["seed"]).uniform(0.02, 1.0)  # while it waits, or is served
                     with contextlib.suppress(httpx.TimeoutException):
-                        await client.post("/images", json=body, timeout=0.02)
+                        await client.post("/images", json=body, timeout=patience)
                     return None, b"", 0.0
-                answer = await client.post("/images", json=body)
+                answer = await client.post("/images", content=json.dumps(body))
                 return answer.status_code, answer.content, time.perf_counter() - started
 
         return await asyncio.gather(*[ask(kind, body) for kind, body in plans])

@@ -6,7 +6,7 @@
 
 One pipeline generates one image after the other; requests wait in a queue of limited length. What cannot be served is
 refused with a reason: 422 for a request that is wrong, 503 when the queue is full, 500 when generating failed, after
-which the next request is served as usual. A client that goes away is not generated for.
+which the next request is served as usual. A client that goes away while it waits is not generated for.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import io
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +25,8 @@ import click
 import torch
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
 from PIL.Image import Image
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -46,14 +48,14 @@ class ImageRequest(BaseModel):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     steps: Annotated[int, Field(ge=2, le=100)] = 25
     gate_step: Annotated[int, Field(ge=1, le=100)] = 10
-    guidance_scale: Annotated[float, Field(gt=1.0, le=20.0)] = 7.5
+    guidance_scale: Annotated[float, Field(gt=1.0, le=20.0, allow_inf_nan=False)] = 7.5
 
 
 Generate = Callable[[ImageRequest], Image]
 
 
-def generator(pipe: Any) -> Generate:
-    """How a gated pipeline serves a request."""
+def generator(pipe: Any, **more: Any) -> Generate:
+    """How a gated pipeline serves a request; it is called with ``more`` besides."""
 
     def generate(asked: ImageRequest) -> Image:
         result = pipe(
@@ -63,6 +65,7 @@ def generator(pipe: Any) -> Generate:
             gate_step=asked.gate_step,
             guidance_scale=asked.guidance_scale,
             generator=torch.Generator().manual_seed(asked.seed),
+            **more,
         )
         image: Image = result.images[0]
         return image
@@ -71,7 +74,7 @@ def generator(pipe: Any) -> Generate:
 
 
 class Queue:
-    """Requests that wait for the one pipeline, in the order in which they came.
+    """Requests that take turns with the one pipeline, in the order in which they came.
 
     Attributes:
         counts: how many were accepted, finished, failed, left by their client, and refused since the queue was full.
@@ -79,25 +82,11 @@ class Queue:
 
     def __init__(self, generate: Generate, length: int) -> None:
         self._generate = generate
-        self._waiting: asyncio.Queue[tuple[ImageRequest, asyncio.Future[Image]]] = asyncio.Queue(length)
+        self._length = length
+        self._inside = 0  # those that wait, and the one that is being served
+        self._turn = asyncio.Lock()
         self._thread = ThreadPoolExecutor(1)
         self.counts: Counter[str] = Counter(accepted=0, finished=0, failed=0, left=0, refused=0)
-
-    async def run(self) -> None:
-        """Serve requests for ever."""
-        loop = asyncio.get_running_loop()
-        while True:
-            asked, answer = await self._waiting.get()
-            if answer.cancelled():
-                continue
-            run = loop.run_in_executor(self._thread, self._generate, asked)
-            (image,) = await asyncio.gather(run, return_exceptions=True)
-            if answer.cancelled():
-                continue
-            if isinstance(image, BaseException):
-                answer.set_exception(image)
-            else:
-                answer.set_result(image)
 
     async def ask(self, asked: ImageRequest, request: Request) -> Image:
         """The image, once it is this request's turn.
@@ -105,26 +94,36 @@ class Queue:
         Raises:
             HTTPException: the queue is full, generating failed, or the client has left.
         """
-        answer: asyncio.Future[Image] = asyncio.get_running_loop().create_future()
-        try:
-            self._waiting.put_nowait((asked, answer))
-        except asyncio.QueueFull:
+        if self._inside > self._length:
             self.counts["refused"] += 1
-            raise HTTPException(503, "Too many requests are waiting. Try again later.", {"Retry-After": "5"}) from None
+            raise HTTPException(503, "Too many requests are waiting. Try again later.", {"Retry-After": "5"})
+        self._inside += 1
         self.counts["accepted"] += 1
-        leaving = asyncio.ensure_future(_left(request))
-        await asyncio.wait([answer, leaving], return_when=asyncio.FIRST_COMPLETED)
-        leaving.cancel()
-        if not answer.done():
+        answer, leaving = asyncio.ensure_future(self._served(asked)), asyncio.ensure_future(_left(request))
+        try:
+            await asyncio.wait([answer, leaving], return_when=asyncio.FIRST_COMPLETED)
+            if not answer.done():
+                self.counts["left"] += 1
+                raise HTTPException(_CLIENT_LEFT)
+        finally:  # also where the service itself is being stopped
+            self._inside -= 1
+            leaving.cancel()
             answer.cancel()
-            self.counts["left"] += 1
-            raise HTTPException(_CLIENT_LEFT)
         error = answer.exception()
         if error is not None:
             self.counts["failed"] += 1
             raise HTTPException(500, f"Generating failed: {type(error).__name__}: {error}") from error
         self.counts["finished"] += 1
         return answer.result()
+
+    async def _served(self, asked: ImageRequest) -> Image:
+        async with self._turn:
+            # What has begun in the thread is not interrupted; the next one then waits for it there.
+            return await asyncio.get_running_loop().run_in_executor(self._thread, self._generate, asked)
+
+    def close(self) -> None:
+        """Let what has begun come to its end, and nothing more."""
+        self._thread.shutdown(cancel_futures=True)
 
 
 async def _left(request: Request) -> None:
@@ -147,13 +146,16 @@ def application(pipe: Any, generate: Generate, *, queue_length: int = 32) -> Fas
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        serving = asyncio.ensure_future(queue.run())
         yield
-        serving.cancel()
-        with suppress(asyncio.CancelledError):
-            await serving
+        queue.close()
 
     app = FastAPI(title="tgate_fx", lifespan=lifespan)
+
+    @app.exception_handler(RequestValidationError)
+    async def wrong(_: Request, error: RequestValidationError) -> JSONResponse:
+        # Without what was sent, which need not be anything that JSON can hold: an infinity, half a character.
+        reasons = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
+        return JSONResponse({"detail": [each.encode("ascii", "replace").decode() for each in reasons]}, 422)
 
     @app.post("/images", response_class=Response)
     async def images(asked: ImageRequest, request: Request) -> Response:
@@ -176,17 +178,24 @@ def _check(tokenizer: Any, asked: ImageRequest) -> None:
         unknown = unknown_words(tokenizer, text)
         if unknown:
             raise HTTPException(422, f"Words that the embedded pipeline was not trained on: {', '.join(unknown)}.")
+        tokens, most = len(tokenizer(text).input_ids), tokenizer.model_max_length
+        if tokens > most:
+            raise HTTPException(422, f"The text has {tokens} tokens: expected at most {most}, for more are not read.")
 
 
 def ready(artifact: Path | None, *, compiled: bool = True) -> Any:
-    """The embedded pipeline, gated, with all graphs that it will need."""
+    """The embedded pipeline, gated, with all graphs that it will need; from an artifact, made if it is not there."""
     pipe: Any = demo.load()
     pipe.set_progress_bar_config(disable=True)
-    if artifact is not None:
-        return tgate_fx.load(pipe, artifact)
     if not compiled:
         return tgate_fx.gate(pipe)
-    tgate_fx.compile(pipe)
+    if artifact is None:
+        tgate_fx.compile(pipe)
+    else:
+        if not artifact.exists():
+            tgate_fx.save(tgate_fx.compile(pipe), artifact, height=SIZE, width=SIZE)
+            tgate_fx.restore(pipe)
+        tgate_fx.load(pipe, artifact)
     tgate_fx.warmup(pipe, height=SIZE, width=SIZE)
     return pipe
 
@@ -194,7 +203,11 @@ def ready(artifact: Path | None, *, compiled: bool = True) -> Any:
 @click.command()
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", default=8000, show_default=True)
-@click.option("--artifact", type=click.Path(path_type=Path), help="Made by tgate_fx.save; compiled anew without it.")
+@click.option(
+    "--artifact",
+    type=click.Path(path_type=Path),
+    help="Loaded; made by tgate_fx.save if it is not there yet. Without it, compiled anew.",
+)
 @click.option("--compile/--no-compile", "compiled", default=True)
 def main(host: str, port: int, artifact: Path | None, compiled: bool) -> None:
     """Serve images of the embedded pipeline."""

@@ -29,9 +29,7 @@ SIZE = {"height": 16, "width": 16}
 
 
 def made() -> Any:
-    """A pipeline whose UNet has one block on each way and one between them."""
-    blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
-    return tiny.sd(**blocks, block_out_channels=(16,))
+    return tiny.sd(**tiny.ONE_BLOCK)
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +117,29 @@ def test_packages_without_freezing_read_the_pipelines_own_weights(tmp_path: Path
     with pytest.raises(tgate_fx.StateError, match=says("conv_in", "changed after the artifact was loaded")):
         tiny.latents(pipe, **kwargs)
     assert json.loads((path / "manifest.json").read_text())["contents"]["weights"] is None
+
+
+@pytest.mark.slow
+@pytest.mark.inductor
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.*:FutureWarning")  # by torch itself
+@pytest.mark.parametrize(
+    ("family", "settings", "phases"),
+    [
+        ("sdxl", {"after_gate": "both"}, 2),
+        ("pixart-alpha-256", {"sp_interval": 2, "fi_interval": 2}, 4),
+        ("sd", {"deepcache": tgate_fx.DeepCache(interval=2, branch=0)}, 4),
+    ],
+)
+def test_other_pipelines_and_schedules(family: str, settings: dict[str, Any], phases: int, tmp_path: Path) -> None:
+    kwargs = {**tiny.inputs(family), "num_inference_steps": 6}
+    inputs = {name: value for name, value in kwargs.items() if name != "num_inference_steps"}
+    pipe = tgate_fx.compile(tiny.make(family), gate_step=3, **settings)
+    path = tgate_fx.save(pipe, tmp_path / "artifact", **inputs)
+    pipe, eager = tgate_fx.load(tiny.make(family), path), tgate_fx.gate(tiny.make(family), gate_step=3, **settings)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        got = tiny.latents(pipe, **kwargs)
+    assert relative_error(got, tiny.latents(eager, **kwargs)) < 1e-4
+    assert len({step.phase for step in tgate_fx.report(pipe).steps}) == phases
 
 
 def other_weights(pipe: Any) -> None:

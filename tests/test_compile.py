@@ -13,6 +13,7 @@ from torch import nn
 import tgate_fx
 from tests import tiny
 from tests.conftest import CountingBackend
+from tests.test_refusals import says
 from tgate_fx import compiler
 from tgate_fx.forms import canonical
 from tgate_fx.held import HeldWeights
@@ -157,13 +158,37 @@ def test_more_changes_of_a_module_than_the_recompile_limit(backend: CountingBack
             assert tgate_fx.report(pipe).compiled_graphs == 2 * (change + 1)
 
 
-def test_dynamic_shapes_share_one_pair_of_graphs(backend: CountingBackend) -> None:
-    pipe = compiled("sd", backend, dynamic=True)
-    eager = tgate_fx.gate(tiny.make("sd"), gate_step=2)
+@pytest.mark.parametrize("family", ["sd", *[pytest.param(each, marks=pytest.mark.slow) for each in ("sdxl", "svd")]])
+def test_dynamic_shapes_share_one_pair_of_graphs(family: str, backend: CountingBackend) -> None:
+    """Squares and rectangles, whichever comes first."""
+    pipe = compiled(family, backend, dynamic=True)
+    eager = tgate_fx.gate(tiny.make(family), gate_step=2)
     for height, width in ((32, 32), (24, 32), (48, 16), (16, 16)):
-        kwargs = {**tiny.inputs("sd"), "height": height, "width": width, "num_inference_steps": 4}
+        kwargs = {**tiny.inputs(family), "height": height, "width": width, "num_inference_steps": 4}
         torch.testing.assert_close(tiny.latents(pipe, **kwargs), tiny.latents(eager, **kwargs))
     assert len(backend.graphs) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.inductor
+def test_dynamic_shapes_with_inductor() -> None:
+    """As on a CPU by default: with the weights held by the graphs."""
+    pipe, eager = (tiny.sd(**tiny.ONE_BLOCK) for _ in range(2))
+    tgate_fx.compile(pipe, gate_step=2, dynamic=True)
+    tgate_fx.gate(eager, gate_step=2)
+    for height, width in ((32, 32), (24, 32), (48, 16)):
+        kwargs = {**tiny.inputs("sd"), "height": height, "width": width, "num_inference_steps": 4}
+        assert relative_error(tiny.latents(pipe, **kwargs), tiny.latents(eager, **kwargs)) < 1e-4
+    assert tgate_fx.report(pipe).compiled_graphs == 2
+
+
+def test_dynamic_shapes_of_a_model_that_computes_with_them_are_refused() -> None:
+    pipe = tiny.make("pixart-alpha-256")
+    with pytest.raises(
+        tgate_fx.UnsupportedError, match=says("dynamic=True", "PixArtTransformer2DModel", "regional=True")
+    ):
+        tgate_fx.compile(pipe, dynamic=True)
+    tgate_fx.compile(pipe, dynamic=True, regional=True)
 
 
 def test_pipelines_do_not_share_graphs_or_recompile_limits() -> None:

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 import tgate_fx
+from benchmarks import cuda_graphs
 from tests import tiny
 from tests.replay import ReplayBackend, ReplayError, copies_of
 from tests.test_refusals import says
@@ -139,3 +141,10 @@ def test_a_graph_that_freezes_copies_its_caches(monkeypatch: pytest.MonkeyPatch)
     freezes = settings.CompileSettings(options={"freezing": True, "triton.cudagraphs": True})
     assert (replays.fixes_addresses(device), freezes.fixes_addresses(device)) == (True, False)
     assert freezes.replays(device)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_script_for_one_says_so() -> None:
+    result = CliRunner().invoke(cuda_graphs.main, [])
+    assert result.exit_code == 2
+    assert "needs a GPU with CUDA" in result.output

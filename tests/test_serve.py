@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 from PIL.Image import Image
 
 from benchmarks.load_test import BAD, a_request, load, serving
 from benchmarks.serve import ImageRequest, generator, ready
+
+JSON = {"content-type": "application/json"}
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +32,10 @@ def test_nothing_is_lost_or_mixed_up_under_load_with_faults(pipe: object) -> Non
 def test_bad_requests_are_refused_with_a_reason(pipe: object) -> None:
     with serving(pipe, generator(pipe)) as address:
         for body in BAD:
-            answer = httpx.post(f"{address}/images", json=body)
+            answer = httpx.post(f"{address}/images", content=json.dumps(body), headers=JSON)
             assert answer.status_code == 422, body
             assert answer.json()["detail"]
-        answer = httpx.post(f"{address}/images", content=b"{not json", headers={"content-type": "application/json"})
+        answer = httpx.post(f"{address}/images", content=b"{not json", headers=JSON)
         assert answer.status_code == 422
         assert httpx.get(f"{address}/health").json()["accepted"] == 0
 
@@ -56,3 +61,46 @@ def test_a_full_queue_is_said_so(pipe: object) -> None:
         assert third.status_code == 503
         assert third.headers["Retry-After"]
         assert [answer.result().status_code for answer in answers] == [200, 200]
+
+
+def test_clients_that_leave_take_no_place_in_the_queue(pipe: object) -> None:
+    """Nor is an image made for them, unless it was begun."""
+    go_on, made = threading.Event(), []
+    generate = generator(pipe)
+
+    def slowly(asked: ImageRequest) -> Image:
+        go_on.wait()
+        made.append(asked.seed)
+        return generate(asked)
+
+    def request(seed: int, patience: float) -> httpx.Response:
+        return httpx.post(f"{address}/images", json={**a_request(3), "seed": seed}, timeout=patience)
+
+    with serving(pipe, slowly, queue_length=2) as address, ThreadPoolExecutor(2) as clients:
+        first = clients.submit(request, 0, 60)
+        while httpx.get(f"{address}/health").json()["accepted"] < 1:
+            time.sleep(0.01)
+        for seed in range(1, 6):
+            with pytest.raises(httpx.TimeoutException):
+                request(seed, 0.1)
+            while httpx.get(f"{address}/health").json()["left"] < seed:
+                time.sleep(0.01)
+        last = clients.submit(request, 6, 60)
+        while httpx.get(f"{address}/health").json()["accepted"] < 7:
+            time.sleep(0.01)
+        go_on.set()
+        assert (first.result().status_code, last.result().status_code) == (200, 200)
+        assert made == [0, 6]
+
+
+@pytest.mark.slow
+@pytest.mark.inductor
+def test_it_serves_from_an_artifact_as_the_eager_pipeline_does(pipe: object, tmp_path: Path) -> None:
+    made = ready(tmp_path / "artifact")
+    measured = load(made, 24, 6, steps=3)
+    assert set(measured["requests"]) == {"good", "bad", "leaving", "failing"}
+    again = ready(tmp_path / "artifact")
+    asked = ImageRequest(**a_request(4))
+    expected, *images = [np.asarray(generator(each)(asked), dtype=float) for each in (pipe, made, again)]
+    assert np.array_equal(*images)
+    assert np.abs(images[0] - expected).max() <= 1

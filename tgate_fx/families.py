@@ -53,6 +53,21 @@ _BATCHED = frozenset(
 _FRAMES_BEFORE_CHANNELS = ("UNetSpatioTemporalConditionModel",)
 
 
+# Denoisers that compute their position embeddings from the size of the latents as Python numbers.
+_SIZES_ARE_NUMBERS = ("PixArtTransformer2DModel",)
+
+
+def check_dynamic(denoiser: nn.Module) -> None:
+    """Raise `UnsupportedError` if no graph of this whole model serves latents of every size."""
+    name = type(denoiser).__name__
+    if name in _SIZES_ARE_NUMBERS:
+        raise UnsupportedError(
+            f"dynamic=True was given for a {name}, which computes its position embeddings from the size as numbers, so "
+            "that every size takes graphs of its own: expected a model without that. Add regional=True, under which "
+            "the blocks serve all sizes, or leave dynamic out."
+        )
+
+
 def find_denoiser(pipe: Any) -> tuple[str, nn.Module]:
     """The attribute name and the module of the pipeline's denoiser.
 

@@ -74,6 +74,8 @@ class Gated:
         self.parameters = inspect.signature(type(pipe).__call__).parameters
         families.check_guidance_form(pipe, self.parameters)
         self.settings = settings
+        if settings is not None and settings.dynamic and not settings.regional:
+            families.check_dynamic(self.denoiser)
         self._deep_branch = None if self.branch is None else find_deep_branch(self.denoiser, self.branch)
         self._plain_class = type(pipe)
         base: type[Any] = getattr(self._plain_class, _PLAIN_CLASS, None) or self._plain_class

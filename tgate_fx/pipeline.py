@@ -100,7 +100,8 @@ def compile(
             later are noticed, and compiled again. ``"openvino"`` computes by OpenVINO's CPU plugin (not by torch's
             backend of that name, see `tgate_fx.openvino`), which holds the weights too; ``options`` are then properties
             for its ``compile_model``.
-        dynamic: True for graphs that serve all shapes; None or False for graphs of each shape.
+        dynamic: True for graphs that serve all sizes (of PixArt, with ``regional`` only); None or False for graphs of
+            each.
         regional: compile the denoiser's repeated blocks, one graph for all that are alike, and run what is between
             them eagerly: compiling takes a fraction of the time, and steps are slower than with whole phases.
             ``freezing`` is then off, since it would bake each block's weights into a graph of its own.
