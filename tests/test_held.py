@@ -22,6 +22,7 @@ def held(module: nn.Module) -> HeldWeights:
     weights = HeldWeights(module)
     weights.hold([*module.parameters(), *module.buffers()])
     assert not weights.changed()
+    weights.begin()
     return weights
 
 
@@ -127,16 +128,18 @@ def test_nothing_held_never_changes() -> None:
 def test_what_rewrites_a_weight_is_seen_at_a_glance(change: Callable[[nn.Linear], None]) -> None:
     layer = nn.Linear(300, 300).requires_grad_(False)
     weights = held(layer)
-    assert not weights.changed(at_a_glance=True)
+    assert not weights.changed()
     change(layer)
-    assert weights.changed(at_a_glance=True)
+    assert weights.changed()
 
 
 def test_a_glance_reads_only_the_beginning() -> None:
     layer = nn.Linear(300, 300).requires_grad_(False)
     weights = held(layer)
+    assert not weights.changed()
     write_one_value(layer)
-    assert not weights.changed(at_a_glance=True)
+    assert not weights.changed()
+    weights.begin()
     assert weights.changed()
 
 
@@ -145,12 +148,12 @@ def test_all_bits_are_read_once_a_generation(monkeypatch: pytest.MonkeyPatch) ->
     glances: list[bool] = []
     changed = HeldWeights.changed
 
-    def recorded(self: HeldWeights, *, at_a_glance: bool = False) -> bool:
-        glances.append(at_a_glance)
-        return changed(self, at_a_glance=at_a_glance)
+    def recorded(self: HeldWeights) -> bool:
+        glances.append(self._read)
+        return changed(self)
 
     monkeypatch.setattr(HeldWeights, "changed", recorded)
-    pipe = tgate_fx.compile(tiny.make("sd"), gate_step=2, backend=CountingBackend())
+    pipe = tgate_fx.compile(tiny.make("sd-small"), gate_step=2, backend=CountingBackend())
     for extra, expected in (
         ({}, [False]),
         ({"callback_on_step_end": lambda *_: {}}, [False, True, True, True]),
@@ -255,7 +258,7 @@ def replace_tensor(processor: Scaled) -> None:
 @pytest.mark.parametrize("change", [scale_tensor, scale_layer, replace_tensor])
 def test_weights_that_no_module_lists_are_followed(change: Callable[[Scaled], None], freezing: Any) -> None:
     processor = Scaled()
-    pipe, eager = tiny.make("sd"), tiny.make("sd")
+    pipe, eager = tiny.make("sd-small"), tiny.make("sd-small")
     for each in (pipe, eager):
         each.unet.set_attn_processor(processor)
     tgate_fx.compile(pipe, gate_step=2, backend=freezing)
@@ -273,7 +276,7 @@ def test_weights_that_no_module_lists_are_followed(change: Callable[[Scaled], No
 def test_a_denoiser_with_unreadable_weights_is_refused_before_compiling(
     backend: CountingBackend, freezing: Any
 ) -> None:
-    pipe = tiny.make("sd")
+    pipe = tiny.make("sd-small")
     kwargs = {**tiny.inputs("sd"), "num_inference_steps": 4}
     conv = pipe.unet.conv_in
     conv.weight = nn.Parameter(conv.weight.detach().as_subclass(Wrapped), requires_grad=False)
@@ -288,15 +291,15 @@ def test_a_denoiser_with_unreadable_weights_is_refused_before_compiling(
 
 def test_weights_that_change_before_the_first_step_are_noticed(freezing: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs that hold weights are checked where they are used: a call may change weights before its loop begins."""
-    pipe = tgate_fx.compile(tiny.make("sd"), gate_step=2, backend=freezing)
-    eager = tgate_fx.gate(tiny.make("sd"), gate_step=2)
+    pipe = tgate_fx.compile(tiny.make("sd-small"), gate_step=2, backend=freezing)
+    eager = tgate_fx.gate(tiny.make("sd-small"), gate_step=2)
     kwargs = {**tiny.inputs("sd"), "num_inference_steps": 5}
     before = tiny.latents(pipe, **kwargs)
     checked: list[HeldWeights] = []
 
-    def counted(held: HeldWeights, *, at_a_glance: bool) -> bool:
+    def counted(held: HeldWeights) -> bool:
         checked.append(held)
-        return changed(held, at_a_glance=at_a_glance)
+        return changed(held)
 
     changed = HeldWeights.changed
     with monkeypatch.context() as patch:

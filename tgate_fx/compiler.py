@@ -154,7 +154,6 @@ class CompiledPhases(Compiled):
         self._denoiser = denoiser
         self._checked: dict[Variant, object] = {}  # the form of the inputs its guards were last checked with
         self._trusted = False
-        self._first = True
         self._held = HeldWeights(denoiser)
         self._replays = False
 
@@ -163,7 +162,7 @@ class CompiledPhases(Compiled):
         super().begin(trusted=trusted)
         self._trusted = trusted
         self._checked = {}
-        self._first = True
+        self._held.begin()
 
     def __call__(self, step: Step, cache: Cache, inputs: dict[str, Any]) -> PhaseResult:
         """Run one step; see `tgate_fx.dispatch.Phases`."""
@@ -206,8 +205,7 @@ class CompiledPhases(Compiled):
 
     def _drop_stale(self) -> None:
         """Forget graphs that hold weights which the denoiser no longer has."""
-        first, self._first = self._first, False
-        if self._held.changed(at_a_glance=not first):
+        if self._held.changed():
             self._variants = {}
             self._checked = {}
             self._held = HeldWeights(self._denoiser)

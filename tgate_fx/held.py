@@ -43,6 +43,7 @@ class HeldWeights:
         self._denoiser = denoiser
         self._listed: list[int] = []
         self._marks: dict[int, _Mark] = {}
+        self._read = False
 
     def hold(self, tensors: Iterable[torch.Tensor]) -> None:
         """Note what a graph is about to be compiled with.
@@ -55,12 +56,17 @@ class HeldWeights:
             self._listed = _listed(self._denoiser)
         self._marks |= new
 
-    def changed(self, *, at_a_glance: bool = False) -> bool:
+    def begin(self) -> None:
+        """Begin a generation, in which the weights are to be read whole once."""
+        self._read = False
+
+    def changed(self) -> bool:
         """Whether a held tensor was replaced, moved or written to since.
 
-        ``at_a_glance`` reads the first elements of each only, in a few milliseconds: what rewrites a weight as a whole
-        is seen, even past its version counter.
+        After the first time in a generation, only the first elements of each are read, in a few milliseconds: what
+        rewrites a weight as a whole is seen, even past its version counter.
         """
+        at_a_glance, self._read = self._read, True
         if not self._marks:
             return False
         marks = self._marks.values()

@@ -76,7 +76,6 @@ class PackagedPhases:
         self._by_form: dict[object, Package] = {}
         self._trusted = False
         self._checked = False
-        self._first = True
         self._threads = torch.get_num_threads()
         self._held = HeldWeights(denoiser) if frozen else None
         self._shared: list[int] = []  # where the weights are that packages read
@@ -91,7 +90,8 @@ class PackagedPhases:
         """Begin a generation; ``trusted`` if nothing changes the denoiser between its steps."""
         self._trusted = trusted
         self._checked = False
-        self._first = True
+        if self._held is not None:
+            self._held.begin()
 
     def __call__(self, step: Step, cache: Cache, inputs: dict[str, Any]) -> PhaseResult:
         """Run one step; see `tgate_fx.dispatch.Phases`."""
@@ -140,8 +140,7 @@ class PackagedPhases:
                 "that was saved. Undo the change, or save another artifact with it."
             )
         if self._held is not None:
-            first, self._first = self._first, False
-            if self._held.changed(at_a_glance=not first):
+            if self._held.changed():
                 raise StateError(
                     "The denoiser's weights changed after the artifact was loaded: expected those that it holds. Put "
                     "them back, or save another artifact with the new ones."
