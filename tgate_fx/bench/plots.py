@@ -18,7 +18,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
         1, 2, figsize=(15, 1.5 + 0.32 * max(len(rows), 10)), constrained_layout=True
     )
     labels = [label(row) for row in rows]
-    colours = ["tab:blue" if row["contender"].startswith(("gated", "ungated")) else "tab:gray" for row in rows]
+    colours = ["tab:blue" if row["contender"].startswith("gated") else "tab:gray" for row in rows]
     medians = [row["median"] for row in rows]
     spread = [[row["median"] - row["spread"][0] for row in rows], [row["spread"][1] - row["median"] for row in rows]]
     # By number: there is an eager row for every group, all with the same label.
