@@ -3,7 +3,8 @@
     python -m benchmarks.cold_start --arch sd15 --size 32
 
 Each way runs in new processes; the clock starts before the process does, and the process imports everything, loads the
-weights from a file, and generates twice. Writes benchmarks/results/cold_start.json.
+weights of denoiser and VAE from files, and makes two pictures from embedded prompts. Writes
+benchmarks/results/cold_start.json.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 import click
 import numpy as np
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -51,6 +53,7 @@ def child(way: str, arch: str, size: int, steps: int, gate: int, work: Path, sta
 
     workload = Workload(arch, size, steps, (gate,), "float32")
     pipe = workload.pipeline(work / "denoiser.pt")
+    pipe.register_modules(vae=load_vae(work / "vae"))
     mark("pipeline")
     if way == "eager":
         tgate_fx.gate(pipe, gate_step=gate)
@@ -68,7 +71,10 @@ def child(way: str, arch: str, size: int, steps: int, gate: int, work: Path, sta
         for name in ("first", "second"):
             begun = time.perf_counter()
             latents = workload.latents(pipe, steps)
+            denoised = time.perf_counter()
+            picture(pipe, latents).save(work / f"{way}.png")
             times[f"{name}_image_seconds"] = time.perf_counter() - begun
+            times[f"{name}_decoding_seconds"] = time.perf_counter() - denoised
             mark(f"{name}_image")
         report = tgate_fx.report(pipe)
         for phase in ("pre-gate", "post-gate"):
@@ -77,6 +83,35 @@ def child(way: str, arch: str, size: int, steps: int, gate: int, work: Path, sta
         np.save(work / f"{way}.npy", latents.numpy())
     times["peak_gib"] = peak_gib()
     print("measured:" + json.dumps(times))
+
+
+def save_vae(folder: Path) -> None:
+    """A VAE with random weights, of the size that Stable Diffusion's and PixArt's have."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        latent_channels=4,
+        sample_size=512,
+    ).save_pretrained(folder)
+
+
+def load_vae(folder: Path) -> Any:
+    """The VAE that `save_vae` wrote."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL.from_pretrained(folder)
+
+
+@torch.inference_mode()
+def picture(pipe: Any, latents: torch.Tensor) -> Any:
+    """What a pipeline makes of its last latents: the decoded PIL image."""
+    image = pipe.vae.decode(latents / pipe.vae.config.scaling_factor, return_dict=False)[0]
+    return pipe.image_processor.postprocess(image, output_type="pil")[0]
 
 
 def run(way: str, options: list[str], work: Path) -> dict[str, Any]:
@@ -117,6 +152,7 @@ def main(arch: str, size: int, steps: int, gate: int, work: Path | None, way: st
     with tempfile.TemporaryDirectory(dir=work) as folder:
         place = Path(folder)
         Workload(arch, size, steps, (gate,), "float32").save_denoiser(place / "denoiser.pt")
+        save_vae(place / "vae")
         measured = {}
         for each in WAYS:
             print(f"{WAYS[each]} ...", flush=True)
