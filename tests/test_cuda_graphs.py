@@ -15,12 +15,15 @@ from tests.replay import ReplayBackend, ReplayError, copies_of
 from tests.test_refusals import says
 from tgate_fx import cache, compiler, settings
 
-_FIRST = ("sd", "sdxl", "pixart-alpha", "svd")
+_FIRST = ("pixart-alpha", "svd")
 _DEEPCACHE = tgate_fx.DeepCache(interval=2, branch=0)
 _INTERVALS = {"sp_interval": 2, "fi_interval": 2}
 EVERY = [
     *[pytest.param(family, {}, marks=pytest.mark.slow if family not in _FIRST else ()) for family in tiny.EVERY_MAKER],
-    *[pytest.param(family, _INTERVALS, marks=pytest.mark.slow if family != "sd" else ()) for family in _FIRST],
+    *[
+        pytest.param(family, _INTERVALS, marks=pytest.mark.slow if family != "sd" else ())
+        for family in ("sd", "sdxl", *_FIRST)
+    ],
     ("sd", {"deepcache": _DEEPCACHE}),
     pytest.param("sdxl", {"deepcache": _DEEPCACHE}, marks=pytest.mark.slow),
     pytest.param("sd", {"gate_step": None, "deepcache": _DEEPCACHE}, marks=pytest.mark.slow),
@@ -50,14 +53,16 @@ def test_every_pipeline_gives_the_eager_result_under_replay(
         kwargs = {**tiny.inputs(family), "num_inference_steps": steps, "seed": round_}
         assert torch.equal(tiny.latents(pipe, **kwargs), tiny.latents(eager, **kwargs))
     assert replay.replays > 6
+    if not settings:
+        assert len(replay.graphs) == 2
     assert copies_of(replay, "cache") == 0
     assert copies_of(replay, "weight") == 0
     assert copies_of(replay, "timestep") > 0
 
 
 def test_two_shapes_taking_turns_keep_their_addresses(replay: ReplayBackend) -> None:
-    pipe = compiled("sd", replay)
-    eager = tgate_fx.gate(tiny.make("sd"), gate_step=3)
+    pipe = compiled("sd-small", replay)
+    eager = tgate_fx.gate(tiny.make("sd-small"), gate_step=3)
     for round_ in range(6):
         shape = {"height": 16 if round_ % 2 else 24, "width": 16}
         kwargs = {**tiny.inputs("sd"), "num_inference_steps": 6, "seed": round_, **shape}
@@ -71,14 +76,14 @@ def test_the_emulation_catches_a_cache_that_is_a_graphs_output(
 ) -> None:
     """What the static cache is for: without it, what was captured is overwritten at the next replay."""
     monkeypatch.setattr(cache.StaticCache, "keep", lambda self, kind, captured, *, merge: tuple(captured))
-    pipe = compiled("sd", replay)
+    pipe = compiled("sd-small", replay)
     kwargs = {**tiny.inputs("sd"), "num_inference_steps": 6, "guidance_scale": 1.0, "output_type": "latent"}
     assert torch.isnan(pipe(**kwargs).images).any()
 
 
 def test_schedulers_that_keep_outputs_get_copies(replay: ReplayBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     """PNDM keeps the outputs of several steps, which are a graph's: without the copies they are lost."""
-    pipe, eager = compiled("sd", replay), tgate_fx.gate(tiny.make("sd"), gate_step=3)
+    pipe, eager = compiled("sd-small", replay), tgate_fx.gate(tiny.make("sd-small"), gate_step=3)
     for each in (pipe, eager):
         each.scheduler = tiny.scheduler("PNDM")
     kwargs = {**tiny.inputs("sd"), "num_inference_steps": 6, "guidance_scale": 1.0}
@@ -113,20 +118,20 @@ def test_the_emulation_catches_graphs_that_write_to_their_inputs() -> None:
 def test_the_emulation_counts_caches_that_are_copied(replay: ReplayBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     """What marking them as static is for."""
     monkeypatch.setattr(settings.CompileSettings, "fixes_addresses", lambda self, device: False)
-    pipe = compiled("sd", replay)
+    pipe = compiled("sd-small", replay)
     tiny.latents(pipe, **tiny.inputs("sd"), num_inference_steps=8)
     assert copies_of(replay, "cache") > 0
 
 
 def test_warmup_records(replay: ReplayBackend) -> None:
     """A graph is recorded when it runs again: with the first request there is nothing left but to replay."""
-    pipe = compiled("sd", replay)
+    pipe = compiled("sd-small", replay)
     tgate_fx.warmup(pipe, height=16, width=16)
     assert [graph.outputs == [] for graph in replay.graphs] == [False, False]
 
 
 def test_regions_under_replay_are_refused(replay: ReplayBackend) -> None:
-    pipe = compiled("sd", replay, regional=True)
+    pipe = compiled("sd-small", replay, regional=True)
     with pytest.raises(tgate_fx.UnsupportedError, match=says("regional=True", "CUDA graphs", "Leave regional out")):
         tiny.latents(pipe, **tiny.inputs("sd"), num_inference_steps=4)
     tgate_fx.restore(pipe)

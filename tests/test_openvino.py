@@ -18,9 +18,9 @@ from tgate_fx.settings import CompileSettings
 @pytest.mark.parametrize(
     ("family", "settings"),
     [
-        ("sd", {}),
         pytest.param("sdxl", {"after_gate": "both"}, marks=pytest.mark.slow),
-        ("pixart-alpha-256", {"sp_interval": 2, "fi_interval": 2}),
+        ("sd-small", {}),
+        pytest.param("pixart-alpha-256", {"sp_interval": 2, "fi_interval": 2}, marks=pytest.mark.slow),
         pytest.param("sd", {"deepcache": tgate_fx.DeepCache(2, 0)}, marks=pytest.mark.slow),
     ],
 )
@@ -84,7 +84,7 @@ def test_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     graph, _ = small(torch.float32)
     with pytest.raises(tgate_fx.UnsupportedError, match=says("input on meta", "expected tensors on the CPU")):
         openvino.compile_graph(graph, [torch.empty(2, 8, device="meta")], {})
-    pipe = tgate_fx.compile(tiny.sd(), gate_step=2, backend="openvino", options={"NO_SUCH": "property"})
+    pipe = tgate_fx.compile(tiny.make("sd-small"), gate_step=2, backend="openvino", options={"NO_SUCH": "property"})
     with pytest.raises(tgate_fx.CompileError, match="NO_SUCH"):
         tiny.latents(pipe, **tiny.inputs("sd"), num_inference_steps=3)
     tgate_fx.restore(pipe)

@@ -250,9 +250,9 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("how", ["gate", "compile"])
 def test_changes_to_the_denoiser_after_gating(how: str, change: Callable[[Any], Any]) -> None:
     kwargs = {**tiny.inputs("sd", 2), "num_inference_steps": 5}
-    pipe = getattr(tgate_fx, how)(tiny.sd(), 2, **({"backend": "eager"} if how == "compile" else {}))
+    pipe = getattr(tgate_fx, how)(tiny.make("sd-small"), 2, **({"backend": "eager"} if how == "compile" else {}))
     change(pipe)
-    plain = tiny.sd()
+    plain = tiny.make("sd-small")
     change(plain)
     assert torch.equal(tiny.latents(pipe, **kwargs), tiny.latents(reference.gate(plain, 2, guided=True), **kwargs))
 

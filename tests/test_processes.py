@@ -23,7 +23,7 @@ CALL = {"height": 16, "width": 16, "num_inference_steps": 6}
 
 
 def compiled() -> Any:
-    return tgate_fx.compile(tiny.make("sd"), gate_step=2, backend="eager")
+    return tgate_fx.compile(tiny.make("sd-small"), gate_step=2, backend="eager")
 
 
 def generate(pipe: Any, seed: int) -> torch.Tensor:
@@ -47,7 +47,7 @@ def forked(seed: int) -> np.ndarray[Any, Any]:
 
 @pytest.mark.slow
 def test_spawned_workers_have_pipelines_of_their_own() -> None:
-    expected = generate(tgate_fx.gate(tiny.make("sd"), gate_step=2), 3).numpy()
+    expected = generate(tgate_fx.gate(tiny.make("sd-small"), gate_step=2), 3).numpy()
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         assert np.array_equal(pool.apply(spawned, (3,)), expected)
 
@@ -74,9 +74,9 @@ def test_a_gated_pipeline_is_not_sent_to_a_worker() -> None:
 
 
 def test_pipelines_in_two_threads_compile_and_run_at_once() -> None:
-    expected = [generate(tgate_fx.gate(tiny.make("sd"), gate_step=2), seed) for seed in range(2)]
+    expected = [generate(tgate_fx.gate(tiny.make("sd-small"), gate_step=2), seed) for seed in range(2)]
     backends = [CountingBackend(), CountingBackend()]
-    pipes = [tgate_fx.compile(tiny.make("sd"), gate_step=2, backend=backend) for backend in backends]
+    pipes = [tgate_fx.compile(tiny.make("sd-small"), gate_step=2, backend=backend) for backend in backends]
     ready, got = threading.Barrier(2), [[], []]  # type: tuple[threading.Barrier, list[list[torch.Tensor]]]
 
     def work(index: int) -> None:

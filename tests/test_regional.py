@@ -17,7 +17,7 @@ from tgate_fx.slots import Replacement
 
 _FIRST = ("sd", "sdxl", "pixart-alpha", "svd")
 SETTINGS = [
-    *[pytest.param(family, {}, marks=pytest.mark.slow if family not in _FIRST else ()) for family in tiny.EVERY_MAKER],
+    *[pytest.param(family, {}, marks=pytest.mark.slow if family not in _FIRST else ()) for family in tiny.DISTINCT],
     pytest.param("sd", {"sp_interval": 2, "fi_interval": 2}, marks=pytest.mark.slow),
     ("sd", {"deepcache": tgate_fx.DeepCache(interval=2, branch=0)}),
     pytest.param("sdxl", {"after_gate": "both"}, marks=pytest.mark.slow),

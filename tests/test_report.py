@@ -56,7 +56,7 @@ def test_cache_bytes_are_those_of_one_branch_of_the_sites_outputs() -> None:
 
 
 def test_as_a_table() -> None:
-    pipe = tgate_fx.compile(tiny.sd(), gate_step=1, backend="eager")
+    pipe = tgate_fx.compile(tiny.make("sd-small"), gate_step=1, backend="eager")
     tiny.latents(pipe, **tiny.inputs("sd"), num_inference_steps=2)
     lines = str(tgate_fx.report(pipe)).splitlines()
     assert lines[0] == "gate at step 1"
@@ -111,7 +111,7 @@ def test_the_ladder_times_what_the_generation_did(
 
 
 def test_the_ladder_ends_with_what_the_compiled_generation_took() -> None:
-    pipe = tgate_fx.compile(tiny.sd(), gate_step=2, backend="eager")
+    pipe = tgate_fx.compile(tiny.make("sd-small"), gate_step=2, backend="eager")
     inputs = {**tiny.inputs("sd"), "num_inference_steps": 4}
     with pytest.raises(tgate_fx.TGateError, match=r"No step has run .* Generate an image first"):
         tgate_fx.report(pipe, ladder=True)

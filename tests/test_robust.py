@@ -13,9 +13,9 @@ import torch
 
 import tgate_fx
 from tests import reference, tiny
-from tests.conftest import CountingBackend
 
 KWARGS = {**tiny.inputs("sd", 2), "num_inference_steps": 6}
+HOW: dict[str, dict[str, Any]] = {"gate": {}, "compile": {"backend": "eager"}}
 
 
 def failing_callback(at: int, error: type[BaseException]) -> Any:
@@ -27,11 +27,11 @@ def failing_callback(at: int, error: type[BaseException]) -> Any:
     return callback
 
 
-@pytest.mark.parametrize("how", ["gate", "compile"])
+@pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_an_error_in_a_callback_leaves_nothing_behind(how: str, error: type[BaseException]) -> None:
-    pipe = getattr(tgate_fx, how)(tiny.sd(), gate_step=3, **({"backend": "eager"} if how == "compile" else {}))
-    expected = tiny.latents(reference.gate(tiny.sd(), 3, guided=True), **KWARGS)
+    pipe = getattr(tgate_fx, how)(tiny.make("sd-small"), gate_step=3, **HOW[how])
+    expected = tiny.latents(reference.gate(tiny.make("sd-small"), 3, guided=True), **KWARGS)
     for at in (0, 2, 3, 4):
         with pytest.raises(error, match="stop"):
             pipe(**KWARGS, callback_on_step_end=failing_callback(at, error))
@@ -43,9 +43,9 @@ def test_an_error_in_a_callback_leaves_nothing_behind(how: str, error: type[Base
 def test_an_error_in_the_scheduler_or_the_denoiser_leaves_nothing_behind(
     at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pipe = tgate_fx.gate(tiny.sd(), gate_step=3)
-    ungated = tiny.latents(tiny.sd(), **KWARGS)
-    expected = tiny.latents(reference.gate(tiny.sd(), 3, guided=True), **KWARGS)
+    pipe = tgate_fx.gate(tiny.make("sd-small"), gate_step=3)
+    ungated = tiny.latents(tiny.make("sd-small"), **KWARGS)
+    expected = tiny.latents(reference.gate(tiny.make("sd-small"), 3, guided=True), **KWARGS)
 
     for owner, name in ((pipe.scheduler, "scale_model_input"), (pipe.unet.conv_out, "forward")):
         calls = 0
@@ -70,15 +70,14 @@ def test_an_error_in_the_scheduler_or_the_denoiser_leaves_nothing_behind(
 
 
 def test_guidance_rescale_is_the_pipelines_own_between_generations() -> None:
-    pipe = tgate_fx.gate(tiny.sd(), 2)
+    pipe = tgate_fx.gate(tiny.make("sd-small"), 2)
     tiny.latents(pipe, **KWARGS, guidance_rescale=0.7)
     assert pipe.guidance_rescale == 0.7
 
 
-@pytest.mark.parametrize("how", ["gate", "compile"])
+@pytest.mark.parametrize("how", HOW)
 def test_generations_from_two_threads_follow_one_another(how: str) -> None:
-    backend = {"backend": CountingBackend()} if how == "compile" else {}
-    pipe = getattr(tgate_fx, how)(tiny.sd(), gate_step=3, **backend)
+    pipe = getattr(tgate_fx, how)(tiny.make("sd-small"), gate_step=3, **HOW[how])
     seeds = range(6)
     expected = [tiny.latents(pipe, **KWARGS, seed=seed) for seed in seeds]
     running, most = 0, 0
@@ -100,7 +99,7 @@ def test_generations_from_two_threads_follow_one_another(how: str) -> None:
 
 
 def test_pipelines_that_share_a_denoiser_may_run_in_two_threads() -> None:
-    pipe = tgate_fx.gate(tiny.sd(), gate_step=3)
+    pipe = tgate_fx.gate(tiny.make("sd-small"), gate_step=3)
     sibling = diffusers.StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
     sibling.scheduler = tiny.scheduler()
     sibling.set_progress_bar_config(disable=True)
@@ -120,7 +119,7 @@ def test_pipelines_that_share_a_denoiser_may_run_in_two_threads() -> None:
 
 
 def test_a_pipeline_within_its_own_callback_is_refused() -> None:
-    pipe = tgate_fx.gate(tiny.sd(), gate_step=3)
+    pipe = tgate_fx.gate(tiny.make("sd-small"), gate_step=3)
     expected = tiny.latents(pipe, **KWARGS)
 
     def callback(pipe: Any, *_: Any) -> dict[str, Any]:
@@ -133,7 +132,7 @@ def test_a_pipeline_within_its_own_callback_is_refused() -> None:
 
 
 def test_a_sibling_within_a_callback_is_refused() -> None:
-    pipe = tgate_fx.gate(tiny.sd(), gate_step=3)
+    pipe = tgate_fx.gate(tiny.make("sd-small"), gate_step=3)
     sibling = diffusers.StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
     sibling.set_progress_bar_config(disable=True)
     tgate_fx.gate(sibling)
@@ -147,7 +146,7 @@ def test_a_sibling_within_a_callback_is_refused() -> None:
 
 
 def test_restoring_within_a_generation_is_refused() -> None:
-    pipe = tgate_fx.gate(tiny.sd(), gate_step=3)
+    pipe = tgate_fx.gate(tiny.make("sd-small"), gate_step=3)
 
     def callback(pipe: Any, *_: Any) -> dict[str, Any]:
         tgate_fx.restore(pipe)
@@ -159,7 +158,7 @@ def test_restoring_within_a_generation_is_refused() -> None:
 
 
 def test_the_cache_is_not_shared_between_generations_of_two_pipelines() -> None:
-    first, second = (tgate_fx.gate(tiny.sd(), gate_step=2) for _ in range(2))
+    first, second = (tgate_fx.gate(tiny.make("sd-small"), gate_step=2) for _ in range(2))
     other = {**KWARGS, "prompt": ["two dogs", "a cat"]}
     expected = [tiny.latents(first, **KWARGS), tiny.latents(second, **other)]
 
@@ -171,9 +170,9 @@ def test_the_cache_is_not_shared_between_generations_of_two_pipelines() -> None:
     assert torch.equal(tiny.latents(first, **KWARGS, callback_on_step_end=in_between), expected[0])
 
 
-@pytest.mark.parametrize("how", ["gate", "compile"])
+@pytest.mark.parametrize("how", HOW)
 def test_inference_mode_and_plain_mode_alternate(how: str) -> None:
-    pipe = getattr(tgate_fx, how)(tiny.sd(), gate_step=3, **({"backend": "eager"} if how == "compile" else {}))
+    pipe = getattr(tgate_fx, how)(tiny.make("sd-small"), gate_step=3, **HOW[how])
     with torch.inference_mode():
         first = tiny.latents(pipe, **KWARGS)
     assert torch.equal(tiny.latents(pipe, **KWARGS), first)
@@ -182,7 +181,7 @@ def test_inference_mode_and_plain_mode_alternate(how: str) -> None:
 
 
 def test_a_generation_may_end_before_its_first_step() -> None:
-    pipe = tgate_fx.gate(tiny.sd(), gate_step=3)
+    pipe = tgate_fx.gate(tiny.make("sd-small"), gate_step=3)
     encode = pipe.encode_prompt
 
     def interrupted(*args: Any, **kwargs: Any) -> Any:

@@ -13,16 +13,15 @@ from tests.conftest import CountingBackend
 from tests.test_refusals import says
 
 SETTINGS = [
-    ("sd", {}),
-    pytest.param("sd", {"gate_step": 0.4}, marks=pytest.mark.slow),
-    ("sd", {"gate_step": 0.97, "fi_interval": 2}),
-    pytest.param("sd", {"gate_step": None}, marks=pytest.mark.slow),
-    ("sd", {"sp_interval": 3, "fi_interval": 2, "warm_up": 2}),
-    ("sd", {"deepcache": tgate_fx.DeepCache(interval=3, branch=0)}),
+    pytest.param("sd-small", {"gate_step": 0.4}, marks=pytest.mark.slow),
+    ("sd-small", {"gate_step": 0.97, "fi_interval": 2}),
+    pytest.param("sd-small", {"gate_step": None}, marks=pytest.mark.slow),
+    ("sd-small", {"sp_interval": 3, "fi_interval": 2, "warm_up": 2}),
+    pytest.param("sd", {"deepcache": tgate_fx.DeepCache(interval=3, branch=0)}, marks=pytest.mark.slow),
     pytest.param(
         "sd", {"gate_step": None, "deepcache": tgate_fx.DeepCache(interval=3, branch=0)}, marks=pytest.mark.slow
     ),
-    ("sd-img2img", {}),
+    pytest.param("sd-img2img", {}, marks=pytest.mark.slow),
     pytest.param("sdxl", {"after_gate": "both"}, marks=pytest.mark.slow),
     ("pixart-alpha-256", {}),
     pytest.param("svd", {}, marks=pytest.mark.slow),
@@ -41,7 +40,7 @@ def test_nothing_is_compiled_afterwards(family: str, settings: dict[str, Any], b
 
 
 def test_the_size_and_the_batch_can_be_given(backend: CountingBackend) -> None:
-    pipe = tgate_fx.compile(tiny.make("sd"), gate_step=3, backend=backend)
+    pipe = tgate_fx.compile(tiny.make("sd-small"), gate_step=3, backend=backend)
     report = tgate_fx.warmup(pipe, height=16, width=24, batch_size=2)
     assert {step.batch for step in report.steps} == {4, 2}
     with torch.compiler.set_stance("fail_on_recompile"):
@@ -49,7 +48,7 @@ def test_the_size_and_the_batch_can_be_given(backend: CountingBackend) -> None:
 
 
 def test_the_global_random_state_stays(backend: CountingBackend) -> None:
-    pipe = tgate_fx.compile(tiny.make("sd"), gate_step=3, backend=backend)
+    pipe = tgate_fx.compile(tiny.make("sd-small"), gate_step=3, backend=backend)
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -58,7 +57,7 @@ def test_the_global_random_state_stays(backend: CountingBackend) -> None:
 
 
 def test_it_shows_a_progress_bar(backend: CountingBackend, capsys: pytest.CaptureFixture[str]) -> None:
-    pipe = tgate_fx.compile(tiny.make("sd"), gate_step=3, backend=backend)
+    pipe = tgate_fx.compile(tiny.make("sd-small"), gate_step=3, backend=backend)
     tgate_fx.warmup(pipe, height=16, width=16)
     assert capsys.readouterr().err == ""  # the pipeline's bar was turned off
     pipe.set_progress_bar_config()
@@ -69,10 +68,10 @@ def test_it_shows_a_progress_bar(backend: CountingBackend, capsys: pytest.Captur
 
 
 def test_what_it_refuses(backend: CountingBackend) -> None:
-    eager = tgate_fx.gate(tiny.make("sd"))
+    eager = tgate_fx.gate(tiny.make("sd-small"))
     with pytest.raises(tgate_fx.StateError, match=says("StableDiffusionPipeline", "not compiled", "tgate_fx.compile")):
         tgate_fx.warmup(eager)
-    pipe = tgate_fx.compile(tiny.make("sd"), backend=backend)
+    pipe = tgate_fx.compile(tiny.make("sd-small"), backend=backend)
     with pytest.raises(tgate_fx.ArgumentError, match=says("batch_size=0", "an int ≥ 1")):
         tgate_fx.warmup(pipe, batch_size=0)
     with pytest.raises(tgate_fx.ArgumentError, match=says("batch_size=2", "together with prompt", "Leave it out")):

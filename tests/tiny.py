@@ -28,7 +28,7 @@ from transformers import (
 TOKENS = 77
 TEXT_WIDTH = 32
 
-# For a UNet of one block on each way and one between them, which inductor compiles fastest.
+# For a UNet of one block on each way and one between them, which compiles fastest.
 ONE_BLOCK = {
     "down_block_types": ("CrossAttnDownBlock2D",),
     "up_block_types": ("CrossAttnUpBlock2D",),
@@ -290,9 +290,15 @@ MAKERS: dict[str, Callable[..., Any]] = {
 # The pipeline whose inputs are no text, besides.
 EVERY_MAKER = {**MAKERS, "svd": svd}
 
+# Those whose denoisers differ in form: every other's is like one of these.
+DISTINCT = ("sd", "sd-2.1", "sd-inpaint-9", "sd-lcm", "sdxl", "pixart-alpha", "pixart-sigma", "svd")
+
+# The UNet that Dynamo traces fastest, for what is not about the model.
+_SMALL = functools.partial(sd, **ONE_BLOCK)
+
 
 def make(family: str, seed: int = 0) -> Any:
-    return EVERY_MAKER[family](seed=seed)
+    return {**EVERY_MAKER, "sd-small": _SMALL}[family](seed=seed)
 
 
 def inputs(family: str, prompts: int = 1) -> dict[str, Any]:
