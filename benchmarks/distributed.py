@@ -24,8 +24,10 @@ from tgate_fx.demo.scenes import random_scene
 
 def generate(prompts: list[str], *, steps: int, compiled: bool) -> list[Image]:
     """An image of every prompt, in every process; the same ones for any number of processes."""
+    # Loading while a process group exists keeps the group's threads until the interpreter ends, where gloo may abort.
+    pipe = demo.load()
     state = PartialState(cpu=not torch.cuda.is_available())
-    pipe = demo.load().to(state.device)
+    pipe.to(state.device)
     pipe.set_progress_bar_config(disable=not state.is_main_process)
     if compiled:
         tgate_fx.compile(pipe, gate_step=0.4)
