@@ -6,6 +6,7 @@ import functools
 import itertools
 import json
 import multiprocessing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -258,6 +259,27 @@ def test_bad_input_is_one_line_and_exit_code_2(
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--ladder",), True),
+        (tuple(word for name in LADDER for word in ("--only", name)), True),
+        (("--only", "gated"), False),
+    ],
+)
+def test_the_ladder_is_shown_where_all_of_it_ran(
+    options: tuple[str, ...], expected: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ran(names: tuple[str, ...], workload: Workload, rounds: int, keep: Callable[[Race], None]) -> None:
+        with_baseline = dict.fromkeys(("diffusers", *names))
+        gates = {name: workload.gates[0] if CONTENDERS[name].takes_gate else None for name in with_baseline}
+        keep(Race([outcome(name, 0, (1.0,) * 25, gate=gate) for name, gate in gates.items()], GEMM))
+
+    monkeypatch.setattr("tgate_fx.bench.race.race", ran)
+    assert run(monkeypatch, "bench", *options, "--gate-step", "10") == 0
+    assert ("Where the gain comes from: gate 10" in capsys.readouterr().out) is expected
 
 
 @pytest.mark.slow

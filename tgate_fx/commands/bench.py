@@ -90,5 +90,5 @@ def bench(
     if plot_out is not None:
         plots.plot(measured, plot_out)
     tables.show(measured)
-    if ladder:
+    if set(applicable(tuple(LADDER), arch)) <= set(names):
         tables.show_ladder(measured)
