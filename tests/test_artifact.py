@@ -84,7 +84,6 @@ def test_packages_keep_the_weights_that_they_read(artifact: Path, monkeypatch: p
     tgate_fx.restore(pipe)
 
 
-@pytest.mark.slow
 @pytest.mark.inductor
 def test_it_generates_in_another_process(artifact: Path) -> None:
     program = (
@@ -127,7 +126,7 @@ def test_packages_without_freezing_read_the_pipelines_own_weights(tmp_path: Path
     [
         ("sdxl", {"after_gate": "both"}, 2),
         ("pixart-alpha-256", {"sp_interval": 2, "fi_interval": 2}, 4),
-        ("sd", {"deepcache": tgate_fx.DeepCache(interval=2, branch=0)}, 4),
+        ("sd-small", {"deepcache": tgate_fx.DeepCache(interval=2, branch=0)}, 4),
     ],
 )
 def test_other_pipelines_and_schedules(family: str, settings: dict[str, Any], phases: int, tmp_path: Path) -> None:
