@@ -82,11 +82,24 @@ def differences(saved: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
 def _of_module(module: nn.Module) -> object:
     tensors = {**module._parameters, **module._buffers}
     return (
-        _described(vars(module), _DEPTH),
+        _described(_own(module), _DEPTH),
         _name(type(module)),
         sorted(module._modules),
         sorted((name, None if value is None else _form(value)) for name, value in tensors.items()),
     )
+
+
+def _own(module: nn.Module) -> dict[str, Any]:
+    """A module's attributes with its own forward in place of tgate_fx's; not that forward where it is its class's."""
+    attributes = dict(vars(module))
+    for name, value in vars(module).items():
+        while isinstance(value, Replacement):
+            value = value.inner
+        if getattr(value, "__func__", None) is type(module).forward:
+            del attributes[name]
+        else:
+            attributes[name] = value
+    return attributes
 
 
 def _form(tensor: torch.Tensor) -> tuple[str, ...]:
@@ -105,7 +118,7 @@ def _described(value: Any, depth: int) -> object:
         return (*_form(value), checksum(value.detach()))
     if isinstance(value, (types.FunctionType, types.BuiltinFunctionType, types.MethodType)):
         return _name(value)
-    if isinstance(value, (nn.Module, Replacement)) or depth == 0:
+    if isinstance(value, nn.Module) or depth == 0:
         return _name(type(value))
     if isinstance(value, Mapping):
         # Switching something off (FreeU) may leave None where nothing was before.

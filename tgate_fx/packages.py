@@ -122,8 +122,8 @@ class PackagedPhases:
             )
         known = dict.fromkeys(each.name for several in self._packages.values() for each in several)
         raise StateError(
-            f"The artifact has no {step.phase} phase: expected one of {', '.join(known)}. Leave the intervals as they "
-            "were when it was saved."
+            f"The artifact has no {step.phase} phase: expected one of {', '.join(known)}. Leave the gate and the "
+            "intervals as they were when it was saved, or save an artifact with these."
         )
 
     def _check(self) -> None:
