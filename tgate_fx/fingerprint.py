@@ -90,16 +90,20 @@ def _of_module(module: nn.Module) -> object:
 
 
 def _own(module: nn.Module) -> dict[str, Any]:
-    """A module's attributes with its own forward in place of tgate_fx's; not that forward where it is its class's."""
-    attributes = dict(vars(module))
-    for name, value in vars(module).items():
-        while isinstance(value, Replacement):
-            value = value.inner
-        if getattr(value, "__func__", None) is type(module).forward:
-            del attributes[name]
-        else:
-            attributes[name] = value
-    return attributes
+    """A module's attributes, without a forward that is its class's, or tgate_fx's in place of its class's."""
+    return {name: value for name, value in vars(module).items() if not _is_class_forward(_beneath(value), module)}
+
+
+def _beneath(value: Any) -> Any:
+    """A value, or what tgate_fx put another forward in place of."""
+    while isinstance(value, Replacement):
+        value = value.inner
+    return value
+
+
+def _is_class_forward(value: Any, module: nn.Module) -> bool:
+    """Whether a value is the ``forward`` that a module has if none was put on it, bound to this very module."""
+    return isinstance(value, types.MethodType) and value.__self__ is module and value.__func__ is type(module).forward
 
 
 def _form(tensor: torch.Tensor) -> tuple[str, ...]:
@@ -110,6 +114,7 @@ def _form(tensor: torch.Tensor) -> tuple[str, ...]:
 
 def _described(value: Any, depth: int) -> object:
     """A value in a form whose ``repr`` is the same in another process, if the value is."""
+    value = _beneath(value)
     if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device, torch.Size)):
         return value
     if isinstance(value, type):
