@@ -24,7 +24,7 @@ from tests import tiny
 from tests.conftest import CountingBackend
 from tests.test_compile import relative_error
 from tests.test_refusals import says
-from tgate_fx import constants
+from tgate_fx import constants, fingerprint
 
 SIZE = {"height": 16, "width": 16}
 
@@ -197,6 +197,17 @@ def test_a_pipeline_that_is_another_is_refused(change: Callable[[Any], None], me
     assert message in str(error.value)
     assert type(pipe).__name__ == "StableDiffusionPipeline"
     assert forwards(pipe) == own
+
+
+def test_different_forwards_beneath_a_site_are_told_apart() -> None:
+    name = "mid_block.attentions.0.transformer_blocks.0.attn2"
+    pipes = [made(), made(), made()]
+    with_another_forward(pipes[0])
+    with_another_forward(pipes[1])
+    pipes[2].unet.get_submodule(name).forward = forwards
+    first, same, other = [fingerprint.structure(tgate_fx.gate(pipe, gate_step=2).unet) for pipe in pipes]
+    assert fingerprint.differences(first, same) == []
+    assert fingerprint.differences(first, other) == [name]
 
 
 @pytest.mark.inductor
