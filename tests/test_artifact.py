@@ -23,6 +23,7 @@ import tgate_fx.artifact as artifact_module
 from tests import tiny
 from tests.conftest import CountingBackend
 from tests.test_compile import relative_error
+from tests.test_held import Scaled
 from tests.test_refusals import says
 from tgate_fx import constants, fingerprint
 
@@ -117,6 +118,29 @@ def test_packages_without_freezing_read_the_pipelines_own_weights(tmp_path: Path
     with pytest.raises(tgate_fx.StateError, match=says("conv_in", "changed after the artifact was loaded")):
         tiny.latents(pipe, **kwargs)
     assert json.loads((path / "manifest.json").read_text())["contents"]["weights"] is None
+
+
+@pytest.mark.slow
+@pytest.mark.inductor
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.*:FutureWarning")  # by torch itself
+@pytest.mark.parametrize("options", [None, {"freezing": False}], ids=["frozen", "unfrozen"])
+def test_packages_hold_the_weights_that_no_module_lists(options: dict[str, Any] | None, tmp_path: Path) -> None:
+    def scaled(value: float) -> Any:
+        pipe = made()
+        processor = Scaled()
+        processor.layer.requires_grad_(False).weight.fill_(value)
+        pipe.unet.set_attn_processor(processor)
+        return pipe
+
+    path = tgate_fx.save(tgate_fx.compile(scaled(2.0), gate_step=3, options=options), tmp_path / "artifact", **SIZE)
+    kwargs = {**tiny.inputs("sd"), **SIZE, "num_inference_steps": 6}
+    pipe, eager = tgate_fx.load(scaled(2.0), path), tgate_fx.gate(scaled(2.0), gate_step=3)
+    assert relative_error(tiny.latents(pipe, **kwargs), tiny.latents(eager, **kwargs)) < 1e-4
+    with pytest.raises(tgate_fx.StateError, match=says("The structure of 1 parts", "attn1")):
+        tgate_fx.load(scaled(3.0), path)
+    next(iter(pipe.unet.attn_processors.values())).layer.weight.data.fill_(3.0)
+    with pytest.raises(tgate_fx.StateError, match=says("attn1 changed after the artifact was loaded")):
+        tiny.latents(pipe, **kwargs)
 
 
 @pytest.mark.slow
@@ -331,7 +355,7 @@ def flip(path: Path) -> None:
         (lambda path: library(path, 1).unlink(), ".wrapper.so is missing"),
         (lambda path: truncate(path / "manifest.json"), "no whole artifact"),
         (lambda path: (path / "manifest.json").unlink(), "no whole artifact"),
-        (in_text('"format": 4', '"format": 99'), "has format 99: expected 4"),
+        (in_text('"format": 5', '"format": 99'), "has format 99: expected 5"),
         (lambda path: truncate(path / "constants.bin"), "constants.bin is"),
         (lambda path: flip(path / "constants.bin"), "and not as it was written"),
         (in_text('"gate_step": 3', '"gate_step": 4'), "manifest.json is not as it was written"),

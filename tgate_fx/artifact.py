@@ -1,8 +1,8 @@
 """Phases compiled ahead of time, kept in a directory: `save` and `load`.
 
-The directory has a package of torch's AOTInductor for each phase, not zipped, the weights that these hold, if they hold
-any, and ``manifest.json``, which says what they were compiled from and for. Packages are native code, and loading one
-runs it: load only what you trust as you would trust a program. Nothing is unpickled.
+The directory has a package of torch's AOTInductor for each phase, not zipped, the weights that these hold, and
+``manifest.json``, which says what they were compiled from and for. Packages are native code, and loading one runs it:
+load only what you trust as you would trust a program. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import importlib.metadata
 import json
 import shutil
 import tempfile
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,7 +25,7 @@ from .deepcache import DeepCache
 from .errors import ArgumentError, CompileError, StateError, UnsupportedError
 from .gated import Gated
 from .held import checksum
-from .packages import Package, PackagedPhases, form_of, ordered, share_weights
+from .packages import Package, PackagedPhases, form_of, ordered, share_weights, weights_of
 from .phase_graph import Example
 from .schedule import Schedule
 from .settings import CompileSettings, inductor_options
@@ -37,7 +36,7 @@ Pipeline = TypeVar("Pipeline")
 
 _MANIFEST = "manifest.json"
 _CONSTANTS = "constants.bin"
-_FORMAT = 4
+_FORMAT = 5
 _INSIDE = Path("data", "aotinductor", "model")  # where torch looks for a package's files, in the package's folder
 
 
@@ -89,10 +88,8 @@ def save(
     with tempfile.TemporaryDirectory(dir=path.parent) as made:
         folder = Path(made) / "artifact"
         folder.mkdir()
-        with ExitStack() as stack:
-            writer = None
-            if frozen:
-                writer = constants.ConstantsWriter(stack.enter_context((folder / _CONSTANTS).open("wb")))
+        with (folder / _CONSTANTS).open("wb") as file:
+            writer = constants.ConstantsWriter(file, {} if frozen else weights_of(gated.denoiser))
             phases = [
                 _compile(gated, example, options, folder / str(index), writer) for index, example in enumerate(examples)
             ]
@@ -106,7 +103,7 @@ def save(
             "schedule": dataclasses.asdict(gated.schedule),
             "deepcache": gated.branch,
             "phases": phases,
-            "constants": _described(folder / _CONSTANTS) if frozen else None,
+            "constants": _described(folder / _CONSTANTS),
         }
         manifest = {"format": _FORMAT, "digest": _digest(contents), "contents": contents}
         (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
@@ -160,16 +157,14 @@ def _load_packages(path: Path, manifest: dict[str, Any]) -> dict[Roles, list[Pac
     for phase in phases:
         for name, said in phase["files"].items():
             _check_file(path / phase["folder"] / _INSIDE / name, said)
-    held: list[dict[str, torch.Tensor]] = [{}] * len(phases)
-    if manifest["constants"] is not None:
-        _check_file(path / _CONSTANTS, manifest["constants"])
-        held = constants.mapped(path / _CONSTANTS, [phase["constants"] for phase in phases])
+    _check_file(path / _CONSTANTS, manifest["constants"])
+    held = constants.mapped(path / _CONSTANTS, [phase["constants"] for phase in phases])
     for phase, weights in zip(phases, held, strict=True):
         folder = path / phase["folder"]
         try:
             # torch's aoti_load_package takes a folder too, but first tries it as a zip file, and warns.
             runner = torch._C._aoti.AOTIModelPackageLoader(str(folder), "model", False, 1, -1)
-            if weights:
+            if manifest["weights"] is not None:  # else the denoiser's are still to come
                 share_weights(runner, weights)
         except RuntimeError as error:
             raise StateError(
@@ -206,7 +201,7 @@ def _compile(
     example: Example,
     options: dict[str, Any],
     folder: Path,
-    writer: constants.ConstantsWriter | None,
+    writer: constants.ConstantsWriter,
 ) -> dict[str, Any]:
     """Compile one phase into a package in ``folder``; what the manifest says of it."""
     graph = gated.trace(example._replace(inputs=ordered(example.inputs)))
@@ -230,7 +225,7 @@ def _compile(
         "results": treespec_dumps(results),
         "folder": folder.name,
         "files": {file.name: _described(file) for file in copies},
-        "constants": None if writer is None else writer.write(held),
+        "constants": writer.write(held),
     }
 
 

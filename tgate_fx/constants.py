@@ -12,7 +12,7 @@ import ctypes
 import hashlib
 import importlib
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -55,15 +55,20 @@ def returned() -> Iterator[None]:
 
 
 class ConstantsWriter:
-    """Writes constants to a file, those with the same bytes once."""
+    """Writes constants to a file, those with the same bytes once; none of those whose names are ``left_out``."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: BinaryIO, left_out: Collection[str]) -> None:
         self._file = file
+        self._left_out = left_out
         self._places: dict[bytes, int] = {}
 
     def write(self, constants: Constants) -> dict[str, Entry]:
         """Write what is not in the file yet; where each is."""
-        return {name: self._entry(holder.detach(), form.detach()) for name, (holder, form) in constants.items()}
+        return {
+            name: self._entry(holder.detach(), form.detach())
+            for name, (holder, form) in constants.items()
+            if name not in self._left_out
+        }
 
     def _entry(self, holder: torch.Tensor, form: torch.Tensor) -> Entry:
         data = _bytes(holder)

@@ -19,9 +19,18 @@ from torch import nn
 from .held import checksum
 from .slots import Replacement
 
-# What says where a module came from, or is described apart: its children, its weights, and tgate_fx's own.
+# What says where a module came from, or is described apart: its children, its weights, and tgate_fx's own; and of the
+# hook by which accelerate offloads a model, the one of another model, which moves between devices.
 _LEFT_OUT = frozenset(
-    ("_modules", "_internal_dict", "_is_hf_initialized", "_tgate_dispatch", "_parameters", "_buffers")
+    (
+        "_modules",
+        "_parameters",
+        "_buffers",
+        "_internal_dict",
+        "_is_hf_initialized",
+        "_tgate_dispatch",
+        "prev_module_hook",
+    )
 )
 _DEPTH = 4
 
@@ -29,9 +38,12 @@ _DEPTH = 4
 def structure(denoiser: nn.Module) -> dict[str, str]:
     """For every module of a denoiser, a digest of all but its weights' values.
 
-    That is its class, attributes, hooks, attention processor, and the names, shapes, strides and dtypes of its weights.
+    That is its class, attributes, hooks, attention processor, and the names, shapes, strides and dtypes of its weights;
+    and of modules which only these attributes hold, such as those of an attention processor, the weights' values too.
+    Code is told apart by name only.
     """
-    return {name: _digest(_of_module(module)) for name, module in denoiser.named_modules()}
+    describe = _Description(denoiser)
+    return {name: _digest(describe.module(module)) for name, module in denoiser.named_modules()}
 
 
 def weights(denoiser: nn.Module) -> dict[str, str]:
@@ -79,16 +91,6 @@ def differences(saved: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     return [name or "the denoiser" for name in {**saved, **now} if saved.get(name) != now.get(name)]
 
 
-def _of_module(module: nn.Module) -> object:
-    tensors = {**module._parameters, **module._buffers}
-    return (
-        _described(_own(module), _DEPTH),
-        _name(type(module)),
-        sorted(module._modules),
-        sorted((name, None if value is None else _form(value)) for name, value in tensors.items()),
-    )
-
-
 def _own(module: nn.Module) -> dict[str, Any]:
     """A module's attributes, without a forward that is its class's, or tgate_fx's in place of its class's."""
     return {name: value for name, value in vars(module).items() if not _is_class_forward(_beneath(value), module)}
@@ -106,34 +108,83 @@ def _is_class_forward(value: Any, module: nn.Module) -> bool:
     return isinstance(value, types.MethodType) and value.__self__ is module and value.__func__ is type(module).forward
 
 
+def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """A module's own parameters and buffers, by name."""
+    tensors = {**module._parameters, **module._buffers}
+    return {name: tensor for name in sorted(tensors) if (tensor := tensors[name]) is not None}
+
+
 def _form(tensor: torch.Tensor) -> tuple[str, ...]:
     # Compiled code reads a tensor by the strides that it had then.
     strides = str(tensor.stride()) if tensor.layout is torch.strided else str(tensor.layout)
     return (str(tuple(tensor.shape)), strides, str(tensor.dtype), tensor.device.type)
 
 
-def _described(value: Any, depth: int) -> object:
-    """A value in a form whose ``repr`` is the same in another process, if the value is."""
-    value = _beneath(value)
-    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device, torch.Size)):
-        return value
-    if isinstance(value, type):
-        return _name(value)
-    if isinstance(value, torch.Tensor):
-        return (*_form(value), checksum(value.detach()))
-    if isinstance(value, (types.FunctionType, types.BuiltinFunctionType, types.MethodType)):
-        return _name(value)
-    if isinstance(value, nn.Module) or depth == 0:
-        return _name(type(value))
-    if isinstance(value, Mapping):
-        # Switching something off (FreeU) may leave None where nothing was before.
-        said = {str(key): item for key, item in value.items() if key not in _LEFT_OUT and item is not None}
-        return [(name, _described(said[name], depth - 1)) for name in sorted(said)]
-    if isinstance(value, (set, frozenset)):
-        return sorted(map(repr, value))
-    if isinstance(value, (list, tuple)):
-        return [_described(item, depth - 1) for item in value]
-    return (_name(type(value)), _described(getattr(value, "__dict__", {}), depth - 1))
+class _Description:
+    """Puts the parts of a denoiser in a form whose ``repr`` is the same in another process, if they are."""
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        self._known = set(denoiser.modules())
+
+    def module(self, module: nn.Module) -> object:
+        """All but a module's children and its weights' values."""
+        return (
+            self._value(_own(module), _DEPTH),
+            _name(type(module)),
+            sorted(module._modules),
+            [(name, _form(tensor)) for name, tensor in _tensors(module).items()],
+        )
+
+    def _value(self, value: Any, depth: int) -> object:
+        value = _beneath(value)
+        if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device, torch.Size)):
+            return value
+        if isinstance(value, type):
+            return _name(value)
+        if isinstance(value, torch.Tensor):
+            return (*_form(value), checksum(value.detach()))
+        if isinstance(value, nn.Module):
+            return (_name(type(value)), self._unlisted(value))
+        if isinstance(value, (types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType)):
+            return (_name(value), [self._value(item, depth - 1) for item in _bound(value)] if depth else ())
+        if depth == 0:
+            return _name(type(value))
+        if isinstance(value, Mapping):
+            # Switching something off (FreeU) may leave None where nothing was before.
+            said = {str(key): item for key, item in value.items() if key not in _LEFT_OUT and item is not None}
+            return [(name, self._value(said[name], depth - 1)) for name in sorted(said)]
+        if isinstance(value, (set, frozenset)):
+            return sorted(map(repr, value))
+        if isinstance(value, (list, tuple)):
+            return [self._value(item, depth - 1) for item in value]
+        if isinstance(value, functools.partial):
+            return [self._value(item, depth - 1) for item in (value.func, value.args, value.keywords)]
+        return (_name(type(value)), self._value(getattr(value, "__dict__", {}), depth - 1))
+
+    def _unlisted(self, module: nn.Module) -> object:
+        """Of a module that is not among those described, everything."""
+        modules = [(name, each) for name, each in module.named_modules() if each not in self._known]
+        self._known.update(each for _, each in modules)
+        return [
+            (name, self.module(each), [checksum(tensor.detach()) for tensor in _tensors(each).values()])
+            for name, each in modules
+        ]
+
+
+def _bound(value: Any) -> list[object]:
+    """What a function or method was made with."""
+    if isinstance(value, types.MethodType):
+        return [value.__self__, value.__func__]
+    if isinstance(value, types.FunctionType):
+        return [value.__defaults__, value.__kwdefaults__, *map(_content, value.__closure__ or ())]
+    return []
+
+
+def _content(cell: types.CellType) -> object:
+    try:
+        return cell.cell_contents
+    except ValueError:  # it is empty
+        return None
 
 
 def _name(thing: Any) -> str:

@@ -146,14 +146,19 @@ class PackagedPhases:
                     "them back, or save another artifact with the new ones."
                 )
             return
-        named = [*self._denoiser.named_parameters(prefix="denoiser"), *self._denoiser.named_buffers(prefix="denoiser")]
-        tensors = dict(named)
+        tensors = weights_of(self._denoiser)
         places = [tensor.data_ptr() for tensor in tensors.values()]
         if places != self._shared:
             for several in self._packages.values():
                 for package in several:
-                    share_weights(package.runner, tensors)
+                    share_weights(package.runner, {**tensors, **package.weights})
             self._shared = places
+
+
+def weights_of(denoiser: nn.Module) -> dict[str, torch.Tensor]:
+    """A denoiser's parameters and buffers, by their names in packages."""
+    named = (denoiser.named_parameters, denoiser.named_buffers)
+    return {name: tensor for each in named for name, tensor in each(prefix="denoiser")}
 
 
 def share_weights(runner: Any, tensors: Mapping[str, torch.Tensor]) -> None:
