@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import types
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -42,6 +43,7 @@ class Variant:
         code = function.__code__.replace(co_name=re.sub(r"\W+", "_", name))
         self._name = name
         freezes = settings.freezes(device)
+        self._held = held if freezes else None
         # Dynamo looks at inductor's own setting, not at the options, to keep weights out of the graph's inputs.
         self._frozen = torch._inductor.config.patch(freezing=True) if freezes else nullcontext()
         # Without this, hooks that are registered on modules later would not be noticed. (Every patch object that torch
@@ -51,12 +53,13 @@ class Variant:
         sizes: Any = torch.fx.experimental._config
         self._sizes = sizes.patch(use_duck_shape=False) if settings.dynamic else nullcontext()
         self._function = _with_code(function, code)
+        weakref.finalize(self, torch._C._dynamo.eval_frame.reset_code, code).atexit = False
         options = settings.options_for(device)
         if guard_filter is not None:
             options = {**(options or {}), "guard_filter_fn": guard_filter}
         self._compiled = torch.compile(
             self._function,
-            backend=PrunedBackend(settings.backend, held.hold if held is not None and freezes else None),
+            backend=PrunedBackend(settings.backend, self._held),
             mode=settings.mode,
             options=options,
             dynamic=bool(settings.dynamic),

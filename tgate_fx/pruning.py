@@ -6,14 +6,17 @@ import functools
 import inspect
 import itertools
 import operator
-from collections.abc import Callable, Iterable
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.nn import functional
 
 from . import openvino
+from .held import HeldWeights
 from .linears import onednn_on_amd
+from .release import made_modules, release_with
 from .settings import inductor_options
 
 
@@ -25,14 +28,13 @@ class PrunedBackend:
 
     Args:
         backend: the backend itself.
-        hold: called, before a graph is compiled, with the tensors that are part of it; None to leave it.
+        held: is told, before a graph is compiled, of the tensors that are part of it; None to leave it.
     """
 
-    def __init__(
-        self, backend: str | Callable[..., Any], hold: Callable[[Iterable[torch.Tensor]], None] | None = None
-    ) -> None:
+    def __init__(self, backend: str | Callable[..., Any], held: HeldWeights | None = None) -> None:
         self._backend = backend
-        self._hold = hold
+        # Dynamo keeps backends for good, and must not keep the denoiser with them.
+        self._held = weakref.ref(held) if held is not None else None
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: list[Any], **kwargs: Any) -> Callable[..., Any]:
         """Compile ``graph``; ``kwargs`` are the mode and options that torch.compile was given."""
@@ -43,17 +45,20 @@ class PrunedBackend:
             if not keep:
                 graph.graph.erase_node(node)
         graph.recompile()
-        if self._hold is not None:
+        held = self._held() if self._held is not None else None
+        if held is not None:
             read = {str(node.target) for node in graph.graph.find_nodes(op="get_attr")}
             tensors = itertools.chain(graph.named_parameters(), graph.named_buffers())
-            self._hold([tensor for name, tensor in tensors if name in read])
-        compiled = self._compile(graph, list(itertools.compress(inputs, used)), kwargs)
+            held.hold([tensor for name, tensor in tensors if name in read])
+        with made_modules() as modules:
+            compiled = self._compile(graph, list(itertools.compress(inputs, used)), kwargs)
         count = sum(used)
 
         def run(*args: Any) -> Any:
             # Dynamo passes what the graph has left when this returns; should it pass all that it began with, choose.
             return compiled(*args) if len(args) == count else compiled(*itertools.compress(args, used))
 
+        release_with(run, modules)
         return run
 
     def _compile(self, graph: torch.fx.GraphModule, inputs: list[Any], kwargs: dict[str, Any]) -> Callable[..., Any]:

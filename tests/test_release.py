@@ -1,0 +1,103 @@
+"""What compiled graphs hold is freed when nothing can run them any more."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import tgate_fx
+from tests import tiny
+from tgate_fx.compiler import Variant
+from tgate_fx.held import HeldWeights
+from tgate_fx.settings import CompileSettings
+
+KWARGS = {**tiny.inputs("sd"), "num_inference_steps": 3}
+
+
+def collect() -> None:
+    """Twice, since what the first collection finds lets go of more."""
+    gc.collect()
+    gc.collect()
+
+
+class WeakBackend:
+    """Runs graphs with copies of the weights, as inductor's frozen ones do, and does not keep them itself."""
+
+    def __init__(self) -> None:
+        self.graphs: list[weakref.ref[torch.fx.GraphModule]] = []
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        held = copy.deepcopy(graph)
+        self.graphs.append(weakref.ref(held))
+        return lambda *args: held.forward(*args)
+
+    def alive(self) -> int:
+        collect()
+        return sum(graph() is not None for graph in self.graphs)
+
+
+@pytest.fixture
+def freezing(monkeypatch: pytest.MonkeyPatch) -> WeakBackend:
+    monkeypatch.setattr(CompileSettings, "freezes", lambda *_: True)
+    return WeakBackend()
+
+
+def test_graphs_are_freed_when_the_weights_change(freezing: WeakBackend) -> None:
+    pipe = tgate_fx.compile(tiny.sd(**tiny.ONE_BLOCK), gate_step=1, backend=freezing)
+    for _ in range(2):
+        with torch.no_grad():
+            pipe.unet.conv_in.weight.mul_(1.1)
+        tiny.latents(pipe, **KWARGS)
+        assert freezing.alive() == 2
+    assert len(freezing.graphs) == 4
+
+
+def test_graphs_caches_and_the_denoiser_are_freed_after_restoring(freezing: WeakBackend) -> None:
+    pipe = tgate_fx.compile(tiny.sd(**tiny.ONE_BLOCK), gate_step=1, backend=freezing)
+    tiny.latents(pipe, **KWARGS)
+    denoiser = weakref.ref(pipe.unet)
+    buffers = [weakref.ref(buffer) for buffer in pipe._tgate.cache.buffers()]
+    assert buffers
+    tgate_fx.restore(pipe)
+    assert freezing.alive() == 0
+    assert all(buffer() is None for buffer in buffers)
+    del pipe
+    collect()
+    assert denoiser() is None
+
+
+@pytest.mark.inductor
+def test_inductors_modules_of_frozen_graphs_give_up_the_weights() -> None:
+    codecache = pytest.importorskip("torch._inductor.codecache")
+    layer = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).requires_grad_(False)
+    held = HeldWeights(layer)
+    before = len(codecache.PyCodeCache.modules)
+
+    def run(values: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = layer(values)
+        return result
+
+    def tensors() -> int:
+        collect()
+        made = codecache.PyCodeCache.modules[before:]
+        return sum(isinstance(value, torch.Tensor) for module in made for value in vars(module).values())
+
+    values = torch.randn(3, 64)
+    variants = [Variant(run, name, CompileSettings(), values.device, held) for name in ("first", "second")]
+    with torch.no_grad():
+        for variant in variants:
+            torch.testing.assert_close(variant(values), layer(values))
+    each = tensors() // 2
+    assert each >= 2
+    variant = variants.pop()
+    del variants
+    assert tensors() == each
+    with torch.no_grad():
+        torch.testing.assert_close(variant(values), layer(values))
