@@ -39,6 +39,16 @@ def test_nothing_is_compiled_afterwards(family: str, settings: dict[str, Any], b
         tiny.latents(pipe, **kwargs, num_inference_steps=25)
 
 
+@pytest.mark.parametrize(
+    "family", ["sd-inpaint", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sd-img2img", "lcm-img2img"))]
+)
+def test_as_many_steps_as_a_low_strength_takes(family: str, backend: CountingBackend) -> None:
+    pipe = tgate_fx.compile(tiny.make(family), gate_step=3, backend=backend)
+    report = tgate_fx.warmup(pipe, **{**tiny.inputs(family), "strength": 0.1})
+    assert len(report.steps) == 2
+    assert report.compiled_graphs == len(backend.graphs) == 2
+
+
 def test_the_size_and_the_batch_can_be_given(backend: CountingBackend) -> None:
     pipe = tgate_fx.compile(tiny.make("sd-small"), gate_step=3, backend=backend)
     report = tgate_fx.warmup(pipe, height=16, width=24, batch_size=2)
@@ -86,3 +96,6 @@ def test_what_it_refuses(backend: CountingBackend) -> None:
         tgate_fx.warmup(video, batch_size=2, **tiny.inputs("svd"))
     with tgate_fx.disabled(pipe), pytest.raises(tgate_fx.StateError, match=says("did not reach", "tgate_fx.disabled")):
         tgate_fx.warmup(pipe, height=16, width=16)
+    pipe = tgate_fx.compile(tiny.make("sd-img2img"), backend=backend)
+    with tgate_fx.disabled(pipe), pytest.raises(tgate_fx.StateError, match=says("32 steps at strength=0.5 did not")):
+        tgate_fx.warmup(pipe, **{**tiny.inputs("sd-img2img"), "strength": 0.5})

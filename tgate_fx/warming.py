@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -91,16 +92,27 @@ def reach_every_phase(pipe: Any, gated: Gated, call: dict[str, Any], doing: str)
     wanted, steps, gate = _shortest(gated.schedule)
     defaults = {"output_type": "latent", "generator": torch.Generator().manual_seed(0)}
     call = {**{name: value for name, value in defaults.items() if name in gated.parameters}, **call}
+    strength = _strength(gated, call)
+    steps = math.ceil(steps / strength)
     with _progress_bar(pipe, f"tgate_fx: {doing}"):
         for _ in range(_TRIES):
             pipe(**call, num_inference_steps=steps, gate_step=gate)
             if gated.run is not None and wanted <= set(gated.run.examples):
                 return
-            steps *= 2  # with strength < 1, a part of the steps is run only
+            steps *= 2
     raise StateError(
-        f"A generation of {steps // 2} steps did not reach every phase: expected {len(wanted)} of them. Call it with "
-        "inputs that run more steps, outside of tgate_fx.disabled."
+        f"A generation of {steps // 2} steps{f' at strength={strength}' if strength < 1 else ''} did not reach every "
+        f"phase: expected {len(wanted)} of them. Call it with inputs that run more steps, outside of tgate_fx.disabled."
     )
+
+
+def _strength(gated: Gated, call: dict[str, Any]) -> float:
+    """The share of the steps that a pipeline which changes an image runs."""
+    parameter = gated.parameters.get("strength")
+    strength = call.get("strength", getattr(parameter, "default", None))
+    if "original_inference_steps" in gated.parameters:  # a share of these, LCM's, from which all steps are chosen
+        return 1
+    return strength if isinstance(strength, (int, float)) and 0 < strength < 1 else 1
 
 
 def _prompts(pipe: Any, gated: Gated, batch_size: int | None, inputs: dict[str, Any]) -> dict[str, Any]:
