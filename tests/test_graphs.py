@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import tgate_fx
 from tests import tiny
+from tests.test_refusals import says
 from tgate_fx.gated import Gated
 
 
@@ -123,6 +125,25 @@ def test_graphs_of_a_compiled_pipeline_and_what_leaves_it_as_it_was() -> None:
     tgate_fx.graphs(pipe)["post-gate"].check()
     with torch.compiler.set_stance("fail_on_recompile"):
         assert torch.equal(tiny.latents(pipe, **kwargs), expected)
+
+
+def test_two_threads_trace_in_turns() -> None:
+    """What tracers of torch keep is the whole process's."""
+    pipes = [tgate_fx.gate(tiny.sd(**tiny.ONE_BLOCK), gate_step=1) for _ in range(2)]
+    for pipe in pipes:
+        tiny.latents(pipe, **tiny.inputs("sd"), num_inference_steps=2)
+    with ThreadPoolExecutor(2) as pool:
+        for graphs in pool.map(tgate_fx.graphs, pipes):
+            assert list(graphs) == ["pre-gate", "post-gate"]
+
+
+def test_what_cannot_be_traced_is_refused() -> None:
+    with torch.inference_mode():
+        pipe = tgate_fx.gate(tiny.sd(**tiny.ONE_BLOCK), gate_step=1)
+        before = tiny.latents(pipe, **tiny.inputs("sd"), num_inference_steps=2)
+        with pytest.raises(tgate_fx.CompileError, match=says("pre-gate phase", "inference", "do without the graph")):
+            tgate_fx.graphs(pipe)
+        assert torch.equal(tiny.latents(pipe, **tiny.inputs("sd"), num_inference_steps=2), before)
 
 
 def test_without_a_generation_there_are_no_graphs() -> None:

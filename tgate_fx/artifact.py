@@ -63,7 +63,7 @@ def save(
         ArgumentError: there is something at ``path``, or as for `tgate_fx.warmup`.
         StateError: the pipeline is not under `tgate_fx.compile`.
         UnsupportedError: its settings are not for code that is compiled ahead of time, or torch is older than 2.13.
-        CompileError: a phase could not be compiled.
+        CompileError: a phase could not be traced or compiled.
     """
     path = Path(path)
     if path.exists():
@@ -206,7 +206,7 @@ def _compile(
     """Compile one phase into a package in ``folder``; what the manifest says of it."""
     graph = gated.trace(example._replace(inputs=ordered(example.inputs)))
     arguments = graph.arguments()
-    with torch.no_grad(), constants.returned():
+    with torch.no_grad(), torch._dynamo.convert_frame.compile_lock, constants.returned():
         results = tree_structure(graph.module(*arguments))
         try:
             files: Any = torch._inductor.aot_compile(graph.module, arguments, options=options)

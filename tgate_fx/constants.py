@@ -11,7 +11,6 @@ import base64
 import ctypes
 import hashlib
 import importlib
-import threading
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,8 +27,6 @@ OPTIONS = {
     "aot_inductor.package_constants_on_disk_format": "pickle_weights",  # nothing is pickled: they are just returned
 }
 
-_RETURNING = threading.Lock()  # what is replaced for it is the whole process's
-
 _ALIGNMENT = 64  # bytes: a cache line, and the widest vector
 
 # What Python's C interface wraps a pointer with. (The function that ctypes itself has of this name is everybody's.)
@@ -43,14 +40,17 @@ Constants = Mapping[str, tuple[torch.Tensor, torch.Tensor]]  # for each name, wh
 
 @contextmanager
 def returned() -> Iterator[None]:
-    """While it is entered, inductor returns the constants themselves, with `OPTIONS`; else it fails on packed ones."""
+    """While it is entered, inductor returns the constants themselves, with `OPTIONS`; else it fails on packed ones.
+
+    What is replaced for it is the whole process's: enter it under torch's lock for compiling.
+    """
     codecache = importlib.import_module("torch._inductor.codecache")
     if not hasattr(codecache, "TensorProperties"):
         raise UnsupportedError(
             f"torch {torch.__version__} does not hand out compiled weights as expected. Use 2.13, "
             'options={"freezing": False}, or tgate_fx.warmup in every process.'
         )
-    with _RETURNING, mock.patch.object(codecache, "TensorProperties", lambda tensor: tensor):
+    with mock.patch.object(codecache, "TensorProperties", lambda tensor: tensor):
         yield
 
 

@@ -18,4 +18,4 @@ class StateError(TGateError, RuntimeError):
 
 
 class CompileError(TGateError, RuntimeError):
-    """torch.compile could not compile a phase as one graph."""
+    """torch could not trace or compile a phase as one graph."""

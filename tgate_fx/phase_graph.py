@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from .errors import StateError
+from .errors import CompileError, StateError
 from .families import TEXT
 from .forms import canonical, on_meta
 from .pruning import remove_dead_code
@@ -154,6 +154,9 @@ def trace(
         forward: its own forward.
         branch: the number of the deep branch that the roles speak of, if any.
         of: how the phase was run.
+
+    Raises:
+        CompileError: torch.export cannot trace it.
     """
     function = phase_function(sites, forward, of.roles, branch)
     device = next(denoiser.parameters()).device
@@ -164,8 +167,16 @@ def trace(
         )
         return made
 
-    with torch.inference_mode(False), torch.no_grad():
-        program = torch.export.export(_Phase(denoiser, function), zeros(), strict=False)
+    # Tracers keep what they are at in one place for the whole process; torch.compile takes turns by this lock.
+    with torch._dynamo.convert_frame.compile_lock, torch.inference_mode(False), torch.no_grad():
+        try:
+            program = torch.export.export(_Phase(denoiser, function), zeros(), strict=False)
+        except Exception as error:
+            raise CompileError(
+                f"The {of.name} phase could not be traced as one graph: {error}\nExpected a denoiser that torch.export "
+                "takes whole, whose weights were not made under torch.inference_mode. Change what the message above "
+                "names, or do without the graph."
+            ) from error
     module = program.module(check_guards=False)
     assert isinstance(module, torch.fx.GraphModule)
     for node in list(module.graph.nodes):

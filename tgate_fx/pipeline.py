@@ -178,6 +178,7 @@ def graphs(pipe: Any) -> dict[str, PhaseGraph]:
 
     Raises:
         StateError: the pipeline is not gated, or nothing was generated yet.
+        CompileError: torch.export cannot trace the denoiser.
     """
     return _gated(pipe).graphs()
 
