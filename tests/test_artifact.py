@@ -26,6 +26,7 @@ from tests.test_compile import relative_error
 from tests.test_held import Scaled
 from tests.test_refusals import says
 from tgate_fx import constants, fingerprint
+from tgate_fx.packages import weights_of
 
 SIZE = {"height": 16, "width": 16}
 
@@ -380,6 +381,14 @@ def test_what_is_damaged_or_from_elsewhere_is_refused(
         tgate_fx.load(pipe, copied)
     assert message in str(error.value)
     tgate_fx.gate(pipe)  # as usable as before
+
+
+def test_weights_with_several_names_are_known_under_each() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[1].weight = model[0].weight
+    model[0].register_buffer("scale", torch.ones(1))
+    names = ["0.weight", "0.bias", "1.weight", "1.bias", "0.scale"]
+    assert list(weights_of(model)) == [f"denoiser.{name}" for name in names]
 
 
 def test_what_cannot_be_saved(tmp_path: Path, backend: CountingBackend, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,9 +156,9 @@ class PackagedPhases:
 
 
 def weights_of(denoiser: nn.Module) -> dict[str, torch.Tensor]:
-    """A denoiser's parameters and buffers, by their names in packages."""
+    """A denoiser's parameters and buffers, by their names in packages; one that has several under each."""
     named = (denoiser.named_parameters, denoiser.named_buffers)
-    return {name: tensor for each in named for name, tensor in each(prefix="denoiser")}
+    return {name: tensor for each in named for name, tensor in each(prefix="denoiser", remove_duplicate=False)}
 
 
 def share_weights(runner: Any, tensors: Mapping[str, torch.Tensor]) -> None:
