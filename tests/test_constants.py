@@ -34,7 +34,7 @@ def tensors() -> dict[str, torch.Tensor]:
 def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
     expected = tensors()
     with (tmp_path / "file").open("wb") as file:
-        writer = constants.ConstantsWriter(file)
+        writer = constants.ConstantsWriter(file, ())
         phases = [writer.write({name: (tensor, tensor)}) for name, tensor in expected.items()]
     got = {name: tensor for phase in constants.mapped(tmp_path / "file", phases) for name, tensor in phase.items()}
     assert list(got) == list(expected)
@@ -52,7 +52,7 @@ def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
 def test_packed_weights_outlive_what_else_reads_the_file(tmp_path: Path) -> None:
     weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
     with (tmp_path / "file").open("wb") as file:
-        writer = constants.ConstantsWriter(file)
+        writer = constants.ConstantsWriter(file, ())
         entries = writer.write({"packed": (weight.to_mkldnn(), weight.to_mkldnn())})
     ((_, packed),) = constants.mapped(tmp_path / "file", [entries])[0].items()
     assert torch.equal(packed.to_dense(), weight)
@@ -61,7 +61,7 @@ def test_packed_weights_outlive_what_else_reads_the_file(tmp_path: Path) -> None
 def test_the_same_bytes_are_written_once(tmp_path: Path) -> None:
     weight, other = torch.ones(100), torch.zeros(100)
     with (tmp_path / "file").open("wb") as file:
-        writer = constants.ConstantsWriter(file)
+        writer = constants.ConstantsWriter(file, ())
         first = writer.write({"a": (weight, weight), "b": (other, other)})
         second = writer.write({"c": (weight.clone(), weight.clone().view(10, 10))})
     assert (tmp_path / "file").stat().st_size < 3 * 400
