@@ -49,19 +49,14 @@ def freezing(monkeypatch: pytest.MonkeyPatch) -> WeakBackend:
     return WeakBackend()
 
 
-def test_graphs_are_freed_when_the_weights_change(freezing: WeakBackend) -> None:
-    pipe = tgate_fx.compile(tiny.sd(**tiny.ONE_BLOCK), gate_step=None, backend=freezing)
-    for graphs in (1, 2):
+def test_graphs_are_freed_when_weights_change_and_all_else_when_the_pipeline_is_restored(freezing: WeakBackend) -> None:
+    pipe = tgate_fx.compile(tiny.sd(**tiny.ONE_BLOCK), gate_step=1, backend=freezing)
+    for graphs in (2, 4):
         with torch.no_grad():
             pipe.unet.conv_in.weight.mul_(1.1)
         tiny.latents(pipe, **KWARGS)
         assert len(freezing.graphs) == graphs
-        assert freezing.alive() == 1
-
-
-def test_graphs_caches_and_the_denoiser_are_freed_after_restoring(freezing: WeakBackend) -> None:
-    pipe = tgate_fx.compile(tiny.sd(**tiny.ONE_BLOCK), gate_step=1, backend=freezing)
-    tiny.latents(pipe, **KWARGS)
+        assert freezing.alive() == 2
     denoiser = weakref.ref(pipe.unet)
     buffers = [weakref.ref(buffer) for buffer in pipe._tgate.cache.buffers()]
     assert buffers
