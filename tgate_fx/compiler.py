@@ -43,7 +43,7 @@ class Variant:
         code = function.__code__.replace(co_name=re.sub(r"\W+", "_", name))
         self._name = name
         freezes = settings.freezes(device)
-        self._held = held if freezes else None
+        self._held = held if freezes else None  # the backend knows it, but does not keep it
         # Dynamo looks at inductor's own setting, not at the options, to keep weights out of the graph's inputs.
         self._frozen = torch._inductor.config.patch(freezing=True) if freezes else nullcontext()
         # Without this, hooks that are registered on modules later would not be noticed. (Every patch object that torch
@@ -53,6 +53,7 @@ class Variant:
         sizes: Any = torch.fx.experimental._config
         self._sizes = sizes.patch(use_duck_shape=False) if settings.dynamic else nullcontext()
         self._function = _with_code(function, code)
+        # Else Dynamo would keep the graphs for as long as the modules live, though nothing calls the code any more.
         weakref.finalize(self, torch._C._dynamo.eval_frame.reset_code, code).atexit = False
         options = settings.options_for(device)
         if guard_filter is not None:

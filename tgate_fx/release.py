@@ -22,17 +22,21 @@ def made_modules() -> Iterator[list[ModuleType]]:
 
     Enter it where Dynamo compiles, which it does in one thread at a time.
     """
-    codecache = sys.modules.get("torch._inductor.codecache")
-    kept: list[ModuleType] = getattr(getattr(codecache, "PyCodeCache", None), "modules", [])
-    before = len(kept)
+    before = len(_kept())
     made: list[ModuleType] = []
     yield made
-    made.extend(kept[before:])
+    made.extend(_kept()[before:])
 
 
 def release_with(run: Callable[..., Any], modules: list[ModuleType]) -> None:
     """Drop the tensors that are attributes of these modules when ``run`` is no longer there."""
     weakref.finalize(run, _drop_tensors, modules).atexit = False
+
+
+def _kept() -> list[ModuleType]:
+    """The modules that inductor keeps; none before it is imported."""
+    codecache: Any = sys.modules.get("torch._inductor.codecache")
+    return codecache.PyCodeCache.modules if codecache is not None else []
 
 
 def _drop_tensors(modules: list[ModuleType]) -> None:
