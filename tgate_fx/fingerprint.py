@@ -19,19 +19,12 @@ from torch import nn
 from .held import checksum
 from .slots import Replacement
 
-# What says where a module came from, or is described apart: its children, its weights, and tgate_fx's own; and of the
-# hook by which accelerate offloads a model, the one of another model, which moves between devices.
+# What says where a module came from, or is described apart: its children, its weights, and tgate_fx's own.
 _LEFT_OUT = frozenset(
-    (
-        "_modules",
-        "_parameters",
-        "_buffers",
-        "_internal_dict",
-        "_is_hf_initialized",
-        "_tgate_dispatch",
-        "prev_module_hook",
-    )
+    ("_modules", "_parameters", "_buffers", "_internal_dict", "_is_hf_initialized", "_tgate_dispatch")
 )
+# Reaches what a processor holds, but not the other model that accelerate's hook for offloading names: that one moves
+# between devices.
 _DEPTH = 4
 
 
