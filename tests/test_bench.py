@@ -28,6 +28,8 @@ from tgate_fx.settings import CompileSettings
 
 WORKLOAD = Workload("demo", 16, 5, (2,), "float32")
 GEMM = {0: [100.0], 1: [100.0]}
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+COMMITTED = sorted(RESULTS.glob("bench-*.json"))
 
 
 def test_every_contender_has_its_reference_and_what_it_is_measured_against() -> None:
@@ -218,11 +220,17 @@ def test_the_most_memory_begins_anew() -> None:
     assert abs(machine.peak_gib() - before) < 0.1
 
 
-def test_every_row_has_a_bar_at_its_own_label(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There is a row of the baseline in each group."""
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The figures that are drawn, in order."""
     pyplot = pytest.importorskip("matplotlib.pyplot")
     kept: list[Any] = []
     monkeypatch.setattr(pyplot, "close", kept.append)
+    return kept
+
+
+def test_every_row_has_a_bar_at_its_own_label(tmp_path: Path, figures: list[Any]) -> None:
+    """There is a row of the baseline in each group."""
     outcomes = [
         outcome("diffusers", 0, (1.0,) * 5),
         outcome("gated", 0, (0.5,) * 5, gate=2),
@@ -231,7 +239,7 @@ def test_every_row_has_a_bar_at_its_own_label(tmp_path: Path, monkeypatch: pytes
     ]
     measured = results(Race(outcomes, GEMM), WORKLOAD, 3)
     plots.plot(measured, tmp_path / "plot.png")
-    bars = kept[0].axes[0]
+    bars = figures[0].axes[0]
     labels = {
         round(tick): text.get_text() for tick, text in zip(bars.get_yticks(), bars.get_yticklabels(), strict=True)
     }
@@ -239,6 +247,52 @@ def test_every_row_has_a_bar_at_its_own_label(tmp_path: Path, monkeypatch: pytes
     assert drawn == [
         (f"{plots.label(row)}  ({number})", row["median"]) for number, row in enumerate(measured["rows"], 1)
     ]
+
+
+def are_apart(figure: Any, texts: list[Any]) -> bool:
+    """Whether no text covers another, or leaves the figure."""
+    text_class = pytest.importorskip("matplotlib.text").Text
+    figure.canvas.draw()
+    # As plain texts: the extent of an annotation includes the line to its point.
+    boxes = [text_class.get_window_extent(text) for text in texts]
+    inside = all(box.x0 >= 0 and box.x1 <= figure.bbox.x1 for box in boxes)
+    return inside and not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+
+
+@pytest.mark.parametrize("file", COMMITTED, ids=lambda file: file.stem)
+def test_the_plot_of_committed_results_is_readable(file: Path, tmp_path: Path, figures: list[Any]) -> None:
+    measured = json.loads(file.read_text())
+    plots.plot(measured, tmp_path / "plot.png")
+    (figure,) = figures
+    bars, pareto = figure.axes
+    labels = [text.get_text() for text in bars.get_yticklabels()]
+    assert [label.rsplit("  (")[0] for label in labels] == [plots.label(row) for row in measured["rows"]]
+    assert len({plots.label(row) for row in measured["rows"]}) == len(measured["rows"])
+    assert {text.get_text() for text in pareto.texts} == {str(number) for number in range(1, len(labels) + 1)}
+    assert are_apart(figure, bars.get_yticklabels())
+    assert are_apart(figure, bars.texts)
+    assert are_apart(figure, pareto.texts)
+
+
+@pytest.mark.parametrize("file", COMMITTED, ids=lambda file: file.stem)
+def test_the_short_plot_has_at_most_eight_bars(file: Path, tmp_path: Path, figures: list[Any]) -> None:
+    measured = json.loads(file.read_text())
+    plots.plot_headline(measured, tmp_path / "plot.png")
+    (figure,) = figures
+    (axes,) = figure.axes
+    labels = [text.get_text() for text in axes.get_yticklabels()]
+    widths = [bar.get_width() for bar in axes.containers[0]]
+    assert 5 <= len(widths) <= 8
+    assert len(set(labels)) == len(labels) == len(widths)
+    assert widths == [row["speed_up"] for row in plots.headline(measured)]
+    assert are_apart(figure, [*axes.get_yticklabels(), *axes.texts])
+
+
+def test_the_short_plot_compares_variants_at_one_gate() -> None:
+    rows = plots.headline(json.loads((RESULTS / "bench-sd15.json").read_text()))
+    assert [row["contender"] for row in rows] == list(plots.HEADLINE)
+    assert {row["gate"] for row in rows} == {None, 10}
+    assert set(plots.HEADLINE) <= set(CONTENDERS)
 
 
 @pytest.mark.parametrize(
