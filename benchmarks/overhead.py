@@ -31,7 +31,7 @@ from tests import tiny
 from tgate_fx.architectures import ARCHITECTURES
 from tgate_fx.bench.machine import machine
 from tgate_fx.bench.workload import PIPELINES, Workload
-from tgate_fx.compiler import Variant
+from tgate_fx.variant import Variant
 
 RESULTS = Path(__file__).parent / "results" / "overhead.json"
 

@@ -19,14 +19,14 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 
 import tgate_fx
-import tgate_fx.artifact as artifact_module
 from tests import tiny
 from tests.conftest import CountingBackend
 from tests.test_compile import relative_error
-from tests.test_held import Scaled
+from tests.test_frozen_weights import Scaled
 from tests.test_refusals import says
-from tgate_fx import constants, fingerprint
-from tgate_fx.packages import weights_of
+from tgate_fx.artifact import fingerprint, weights_file
+from tgate_fx.artifact import manifest as manifest_module
+from tgate_fx.artifact.packaged import weights_of
 
 SIZE = {"height": 16, "width": 16}
 
@@ -72,14 +72,14 @@ def test_it_generates_as_the_eager_pipeline_without_compiling(artifact: Path) ->
 def test_packages_keep_the_weights_that_they_read(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch keeps tensors of its own over the same memory, which do not keep that."""
     mapped: list[weakref.ref[torch.Tensor]] = []
-    read = constants.mapped
+    read = weights_file.mapped
 
-    def recorded(path: Path, phases: list[dict[str, constants.Entry]]) -> list[dict[str, torch.Tensor]]:
+    def recorded(path: Path, phases: list[dict[str, weights_file.Entry]]) -> list[dict[str, torch.Tensor]]:
         held = read(path, phases)
         mapped.extend(weakref.ref(tensor) for weights in held for tensor in weights.values())
         return held
 
-    monkeypatch.setattr(constants, "mapped", recorded)
+    monkeypatch.setattr(weights_file, "mapped", recorded)
     pipe = tgate_fx.load(made(), artifact)
     gc.collect()
     assert len(mapped) > 100
@@ -307,7 +307,7 @@ def change_manifest(change: Callable[[dict[str, Any]], None]) -> Callable[[Path]
     def damage(path: Path) -> None:
         manifest = json.loads((path / "manifest.json").read_text())
         change(manifest["contents"])
-        manifest["digest"] = artifact_module._digest(manifest["contents"])
+        manifest["digest"] = manifest_module._digest(manifest["contents"])
         (path / "manifest.json").write_text(json.dumps(manifest))
 
     return damage
@@ -346,9 +346,9 @@ def flip(path: Path) -> None:
         (lambda path: truncate(library(path, 0)), ".wrapper.so is"),
         (lambda path: flip(library(path, 1)), "and not as it was written"),
         (lambda path: library(path, 1).unlink(), ".wrapper.so is missing"),
-        (lambda path: truncate(path / "manifest.json"), "no whole artifact"),
-        (lambda path: (path / "manifest.json").unlink(), "no whole artifact"),
-        (in_text('"format": 5', '"format": 99'), "has format 99: expected 5"),
+        (lambda path: truncate(path / "manifest.json"), "No complete artifact"),
+        (lambda path: (path / "manifest.json").unlink(), "No complete artifact"),
+        (in_text('"format": 6', '"format": 99'), "has format 99: expected 6"),
         (lambda path: truncate(path / "constants.bin"), "constants.bin is"),
         (lambda path: flip(path / "constants.bin"), "and not as it was written"),
         (in_text('"gate_step": 3', '"gate_step": 4'), "manifest.json is not as it was written"),
@@ -394,7 +394,7 @@ def test_what_cannot_be_saved(tmp_path: Path, backend: CountingBackend, monkeypa
         pipe = tgate_fx.compile(made(), **settings)
         with pytest.raises(tgate_fx.UnsupportedError, match=says(what, "cannot be saved")):
             tgate_fx.save(pipe, tmp_path / "new")
-    with pytest.raises(tgate_fx.ArgumentError, match=says("There is something at", "expected nothing")):
+    with pytest.raises(tgate_fx.ArgumentError, match=says("already exists", "expected a new directory")):
         tgate_fx.save(tgate_fx.compile(made()), tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.12.1"))

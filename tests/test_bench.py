@@ -124,8 +124,8 @@ def test_what_is_computed_from_timings() -> None:
     assert row["memory_over_ungated"] == 0
     assert row["same_group"] is False
     # Against the one with the same settings, which ran on the machine when it was twice as fast.
-    assert row["gain"] == pytest.approx((10 / 5.6) / (5 / 4))
-    assert row["share_of_limit"] == pytest.approx(row["gain"] / row["limit"])
+    assert row["speed_up_over_ungated"] == pytest.approx((10 / 5.6) / (5 / 4))
+    assert row["share_of_limit"] == pytest.approx(row["speed_up_over_ungated"] / row["limit"])
     assert 1 < row["limit"] < 2
     assert row["capture_cost"] == pytest.approx(0, abs=1e-9)
     frozen = next(row for row in measured["rows"] if row["contender"] == "ungated-compiled")
@@ -150,7 +150,7 @@ def test_the_table_fits_into_80_columns(capsys: pytest.CaptureFixture[str], monk
     for name in CONTENDERS:
         assert name in said
     assert "…" not in said
-    assert "Where the gain comes from: gate 2" in said
+    assert "Where the speed-up comes from: gate 2" in said
 
 
 def test_each_rung_is_set_against_the_one_it_adds_to(capsys: pytest.CaptureFixture[str]) -> None:
@@ -333,7 +333,7 @@ def test_the_ladder_is_shown_where_all_of_it_ran(
 
     monkeypatch.setattr("tgate_fx.bench.race.race", ran)
     assert run(monkeypatch, "bench", *options, "--gate-step", "10") == 0
-    assert ("Where the gain comes from: gate 10" in capsys.readouterr().out) is expected
+    assert ("Where the speed-up comes from: gate 10" in capsys.readouterr().out) is expected
 
 
 @pytest.mark.slow

@@ -14,9 +14,9 @@ import tgate_fx
 from tests import tiny
 from tests.conftest import CountingBackend
 from tests.test_refusals import says
-from tgate_fx import compiler
-from tgate_fx.forms import canonical
-from tgate_fx.held import HeldWeights
+from tgate_fx import variant
+from tgate_fx.frozen_weights import FrozenWeights
+from tgate_fx.inputs import canonical
 from tgate_fx.settings import CompileSettings
 
 
@@ -235,13 +235,13 @@ class Calls:
 
     def __init__(self, pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
-        guarded = compiler.Variant.__call__
+        guarded = variant.Variant.__call__
 
         def counting(variant: Any, *args: Any) -> Any:
             self.count += 1
             return guarded(variant, *args)
 
-        monkeypatch.setattr(compiler.Variant, "__call__", counting)
+        monkeypatch.setattr(variant.Variant, "__call__", counting)
 
 
 def test_guards_are_checked_once_for_each_phase_of_a_generation(
@@ -422,7 +422,7 @@ def test_inductor_agrees_with_eager_on_a_transformer_whose_weights_change(monkey
     changed = tiny.latents(eager, **kwargs)
     assert relative_error(changed, before) > 1e-2
     with monkeypatch.context() as patch:
-        patch.setattr(HeldWeights, "changed", lambda _: False)
+        patch.setattr(FrozenWeights, "changed", lambda _: False)
         assert relative_error(tiny.latents(pipe, **kwargs), before) < 1e-4  # the weights really are in the graphs
     assert relative_error(tiny.latents(pipe, **kwargs), changed) < 1e-4
     assert tgate_fx.report(pipe).recompiles == 2
@@ -448,12 +448,12 @@ def test_options_for_a_device(settings: CompileSettings, device: str, options: d
 
 def test_which_graphs_may_be_cuda_graph_replays() -> None:
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    assert CompileSettings(mode="reduce-overhead").replays(cuda)
-    assert CompileSettings(mode="max-autotune").replays(cuda)
-    assert CompileSettings(options={"triton.cudagraphs": True}).replays(cuda)
-    assert not CompileSettings(mode="max-autotune-no-cudagraphs").replays(cuda)
-    assert not CompileSettings().replays(cuda)
-    assert not CompileSettings(mode="reduce-overhead").replays(cpu)
+    assert CompileSettings(mode="reduce-overhead").uses_cuda_graphs(cuda)
+    assert CompileSettings(mode="max-autotune").uses_cuda_graphs(cuda)
+    assert CompileSettings(options={"triton.cudagraphs": True}).uses_cuda_graphs(cuda)
+    assert not CompileSettings(mode="max-autotune-no-cudagraphs").uses_cuda_graphs(cuda)
+    assert not CompileSettings().uses_cuda_graphs(cuda)
+    assert not CompileSettings(mode="reduce-overhead").uses_cuda_graphs(cpu)
 
 
 def test_the_report_says_what_is_in_force() -> None:

@@ -13,7 +13,7 @@ from benchmarks import cuda_graphs
 from tests import tiny
 from tests.replay import ReplayBackend, ReplayError, copies_of
 from tests.test_refusals import says
-from tgate_fx import cache, compiler, settings
+from tgate_fx import cache, settings, whole
 
 _FIRST = ("pixart-alpha", "svd")
 _DEEPCACHE = tgate_fx.DeepCache(interval=2, branch=0)
@@ -90,7 +90,7 @@ def test_schedulers_that_keep_outputs_get_copies(replay: ReplayBackend, monkeypa
     expected = tiny.latents(eager, **kwargs)
     for _ in range(2):
         assert torch.equal(tiny.latents(pipe, **kwargs), expected)
-    monkeypatch.setattr(compiler, "tree_map_only", lambda _, __, output: output)
+    monkeypatch.setattr(whole, "map_tensors", lambda _, output: output)
     generator = torch.Generator().manual_seed(7)
     assert not torch.equal(pipe(**kwargs, generator=generator, output_type="latent").images, expected)
 
@@ -117,7 +117,7 @@ def test_the_emulation_catches_graphs_that_write_to_their_inputs() -> None:
 
 def test_the_emulation_counts_caches_that_are_copied(replay: ReplayBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     """What marking them as static is for."""
-    monkeypatch.setattr(settings.CompileSettings, "fixes_addresses", lambda self, device: False)
+    monkeypatch.setattr(settings.CompileSettings, "needs_static_addresses", lambda self, device: False)
     pipe = compiled("sd-small", replay)
     tiny.latents(pipe, **tiny.inputs("sd"), num_inference_steps=8)
     assert copies_of(replay, "cache") > 0
@@ -144,8 +144,8 @@ def test_a_graph_that_freezes_copies_its_caches(monkeypatch: pytest.MonkeyPatch)
     device = torch.device("cpu")
     replays = settings.CompileSettings(mode="reduce-overhead")
     freezes = settings.CompileSettings(options={"freezing": True, "triton.cudagraphs": True})
-    assert (replays.fixes_addresses(device), freezes.fixes_addresses(device)) == (True, False)
-    assert freezes.replays(device)
+    assert (replays.needs_static_addresses(device), freezes.needs_static_addresses(device)) == (True, False)
+    assert freezes.uses_cuda_graphs(device)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from tgate_fx import fingerprint
+from tgate_fx.artifact import fingerprint
 
 
 class Patch:

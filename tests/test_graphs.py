@@ -31,7 +31,7 @@ def check_against_eager(pipe: Any, graph: tgate_fx.PhaseGraph) -> None:
     arguments = graph.arguments()
     assert not any(leaf.any() for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Tensor))
     cache, inputs = tree_map_only(torch.Tensor, lambda zeros: torch.rand(zeros.shape), arguments)
-    expected = gated.phases._function_of(roles)(cache, (), inputs)
+    expected = gated.network.function(roles)(cache, (), inputs)
     leaves = [tree_leaves(each) for each in (graph.module(cache, inputs), expected)]
     assert len(leaves[0]) == len(leaves[1]) > 0
     for one, other in zip(*leaves, strict=True):

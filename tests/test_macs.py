@@ -13,8 +13,8 @@ from tgate_fx import macs
 from tgate_fx.architectures import ARCHITECTURES, Architecture
 from tgate_fx.macs import Cost, Generation, image_cost, parameters, phase_cost, step_costs
 from tgate_fx.macs_table import PUBLISHED, published_rows
+from tgate_fx.roles import Role, Roles
 from tgate_fx.schedule import Schedule
-from tgate_fx.sites import Role, Roles
 
 
 @pytest.fixture(scope="module")

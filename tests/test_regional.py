@@ -12,8 +12,8 @@ import tgate_fx
 from tests import tiny
 from tests.conftest import CountingBackend
 from tests.test_refusals import says
+from tgate_fx.forward_patch import ForwardPatch
 from tgate_fx.settings import CompileSettings
-from tgate_fx.slots import Replacement
 
 _FIRST = ("sd", "sdxl", "pixart-alpha", "svd")
 SETTINGS = [
@@ -76,7 +76,7 @@ def test_a_copied_block_is_a_plain_module(backend: CountingBackend) -> None:
     pipe = tgate_fx.compile(tiny.make("sd"), gate_step=2, backend=backend, regional=True)
     block = pipe.unet.mid_block
     twin = copy.deepcopy(block)
-    assert not [module for module in twin.modules() if isinstance(vars(module).get("forward"), Replacement)]
+    assert not [module for module in twin.modules() if isinstance(vars(module).get("forward"), ForwardPatch)]
     hidden, embedding, text = torch.randn(1, 32, 4, 4), torch.randn(1, 64), torch.randn(1, 3, tiny.TEXT_WIDTH)
     expected = block(hidden, embedding, encoder_hidden_states=text)
     assert torch.equal(twin(hidden, embedding, encoder_hidden_states=text), expected)

@@ -101,7 +101,7 @@ def test_the_ladder_times_what_the_generation_did(
     assert seconds[0] == ungated > 0
     assert seconds[-1] == sum(step.seconds for step in report.steps)
     assert seconds == sorted(set(seconds), reverse=True)
-    assert [rung.gain for rung in report.ladder] == pytest.approx(
+    assert [rung.speedup for rung in report.ladder] == pytest.approx(
         [before / after for before, after in zip([seconds[0], *seconds], seconds, strict=False)]
     )
     if "guidance dropped" in rungs:  # for three steps of six, which is half of the batch there
@@ -124,9 +124,9 @@ def test_the_ladder_ends_with_what_the_compiled_generation_took() -> None:
     assert report.ladder[-1].seconds == sum(step.seconds for step in report.steps)
     assert report.compiled_graphs == 2
     lines = str(report).splitlines()[-5:]
-    assert lines[0].split() == ["where", "the", "gain", "comes", "from", "seconds", "gain", "in", "all"]
+    assert lines[0].split() == ["where", "the", "speed-up", "comes", "from", "seconds", "speed-up", "in", "all"]
     assert lines[1].split()[-2:] == ["1.00x", "1.00x"]
-    assert [line[:25].strip() for line in lines[1:]] == [rung.name for rung in report.ladder]
+    assert [line[:29].strip() for line in lines[1:]] == [rung.name for rung in report.ladder]
     tiny.latents(pipe, **inputs)
     assert tgate_fx.report(pipe).recompiles == 0
 

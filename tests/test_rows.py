@@ -17,7 +17,7 @@ import tgate_fx
 from tests import tiny
 from tests.conftest import CountingBackend
 from tgate_fx.gated import Gated
-from tgate_fx.sites import Role, Roles
+from tgate_fx.roles import Role, Roles
 from tgate_fx.split import phase_function
 
 LOADERS = {
@@ -227,9 +227,9 @@ def test_freeu_works_on_a_deep_branch_s_tensor_once(family: str, branch: int) ->
     given = {**seen[0], "sample": latents, "timestep": torch.tensor(500)}
     full = pipe.unet(**given)[0]
     tgate_fx.gate(pipe, None, deepcache=tgate_fx.DeepCache(2, branch))
-    gated = Gated.of(pipe)
+    dispatch = Gated.of(pipe).network.dispatch  # type: ignore[union-attr]
     capture, reuse = (
-        phase_function(gated.dispatch.sites, gated.dispatch.inner, Roles(deep_branch=role), branch)
+        phase_function(dispatch.sites, dispatch.original_forward, Roles(deep_branch=role), branch)
         for role in (Role.CAPTURE, Role.REUSE)
     )
     with torch.no_grad():

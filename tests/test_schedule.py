@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tgate.tgate_utils import tgate_scheduler
 
 import tgate_fx
+from tgate_fx.roles import Role
 from tgate_fx.schedule import Schedule, check_gate_step
-from tgate_fx.sites import Role
 
 ROLE = {Role.LIVE: "L", Role.CAPTURE: "C", Role.REUSE: "R"}
 

@@ -23,7 +23,7 @@ from torch import nn
 import tgate_fx
 from tests import tiny
 from tests.conftest import CountingBackend
-from tgate_fx.slots import Replacement
+from tgate_fx.forward_patch import ForwardPatch
 
 Case = tuple[nn.Module, dict[str, Any]]
 
@@ -227,7 +227,7 @@ def test_a_copied_part_is_a_plain_module() -> None:
     denoiser, _ = unet()
     tgate_fx.split(denoiser)
     part = copy.deepcopy(denoiser.mid_block)
-    assert not any(isinstance(getattr(module, "forward", None), Replacement) for module in part.modules())
+    assert not any(isinstance(getattr(module, "forward", None), ForwardPatch) for module in part.modules())
     hidden, embedding, text = torch.randn(1, 32, 8, 8), torch.randn(1, 64), torch.randn(1, 7, 32)
     expected = denoiser.mid_block(hidden, embedding, encoder_hidden_states=text)
     assert torch.equal(part(hidden, embedding, encoder_hidden_states=text), expected)

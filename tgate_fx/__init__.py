@@ -1,6 +1,7 @@
 """T-GATE for diffusers pipelines: two phases, two graphs, one line."""
 
-from .artifact import load, save
+from .artifact.load import load
+from .artifact.save import save
 from .deepcache import DeepCache
 from .errors import ArgumentError, CompileError, StateError, TGateError, UnsupportedError
 from .loaders import (
@@ -17,7 +18,7 @@ from .phase_graph import PhaseGraph
 from .pipeline import compile, disabled, gate, graphs, report, restore, sites, split
 from .report import Report, StepReport
 from .sites import SiteInfo
-from .warming import warmup
+from .warmup import warmup
 
 __version__ = "0.1.0.dev0"
 

@@ -31,7 +31,7 @@ class Architecture:
     added: Callable[[int], dict[str, Any]] = field(default=lambda rows: {})
 
     def build(self, device: str = "meta") -> nn.Module:
-        """The denoiser, with weights that are random or, on the meta device, none."""
+        """Return the denoiser, with weights that are random or, on the meta device, none."""
         import diffusers
 
         with torch.device(device):
@@ -39,7 +39,7 @@ class Architecture:
         return denoiser.eval().requires_grad_(False)
 
     def inputs(self, rows: int, size: int | None = None, device: str = "meta") -> dict[str, Any]:
-        """The denoiser's inputs, by name: random on a real device, latents of [rows, 4, size, size].
+        """Return the denoiser's inputs, by name: random on a real device, latents of [rows, 4, size, size].
 
         ``size`` defaults to that of the model's own resolution.
         """

@@ -7,6 +7,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from . import private
+from .roles import Kind
+
 
 class StaticCache:
     """Buffers for what a phase captures, one set for each combination of shapes, dtypes and devices.
@@ -16,14 +19,15 @@ class StaticCache:
     place. Both hold here on every device.
 
     Args:
-        fixed: whether graphs on a device read their caches in place, as CUDA graphs do: then addresses are marked.
+        needs_static_addresses: whether graphs on a device read their caches in place, as CUDA graphs do: then addresses
+            are marked.
     """
 
-    def __init__(self, fixed: Callable[[torch.device], bool]) -> None:
-        self._fixed = fixed
+    def __init__(self, needs_static_addresses: Callable[[torch.device], bool]) -> None:
+        self._needs_static_addresses = needs_static_addresses
         self._sets: dict[tuple[object, ...], tuple[torch.Tensor, ...]] = {}
 
-    def keep(self, kind: int, captured: Sequence[torch.Tensor], *, merge: bool) -> tuple[torch.Tensor, ...]:
+    def keep(self, kind: Kind, captured: Sequence[torch.Tensor], *, merge: bool) -> tuple[torch.Tensor, ...]:
         """Copy captured tensors into their buffers, and return the buffers.
 
         Args:
@@ -33,8 +37,7 @@ class StaticCache:
                 of the branches), so each buffer has half the rows.
         """
         shapes = [_kept_shape(tensor, merge) for tensor in captured]
-        forms = [(shape, tensor.dtype, tensor.device) for shape, tensor in zip(shapes, captured, strict=True)]
-        key = (kind, *forms)
+        key = (kind, *[(shape, tensor.dtype, tensor.device) for shape, tensor in zip(shapes, captured, strict=True)])
         buffers = self._sets.get(key)
         if buffers is None:
             buffers = tuple([self._buffer(shape, tensor) for shape, tensor in zip(shapes, captured, strict=True)])
@@ -49,7 +52,7 @@ class StaticCache:
         return buffers
 
     def buffers(self) -> list[torch.Tensor]:
-        """All buffers, in the order in which they were allocated."""
+        """Return all buffers, in the order in which they were allocated."""
         return list(itertools.chain.from_iterable(self._sets.values()))
 
     @property
@@ -61,8 +64,8 @@ class StaticCache:
         # Under inference mode a new tensor could only ever be written under inference mode again.
         with torch.inference_mode(False):
             buffer = torch.empty(shape, dtype=like.dtype, device=like.device)
-        if self._fixed(buffer.device):
-            torch._dynamo.mark_static_address(buffer)
+        if self._needs_static_addresses(buffer.device):
+            private.mark_static_address(buffer)
         return buffer
 
 

@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from .errors import UnsupportedError
-from .schedule import check_count
+from .errors import UnsupportedError, check_count
 
 # The package numbers branches as if every block had three layers.
 _LAYERS = 3
@@ -53,7 +52,7 @@ class DeepBranch(NamedTuple):
 
 
 def find_deep_branch(denoiser: Any, branch: int) -> DeepBranch:
-    """The modules of the deep branch with this number.
+    """Return the modules of the deep branch with this number.
 
     Raises:
         UnsupportedError: the denoiser is no UNet with down, mid and up blocks, or has no such branch.
@@ -88,7 +87,7 @@ def find_deep_branch(denoiser: Any, branch: int) -> DeepBranch:
 
 
 def _layers_from(name: str, block: Any, layer: int) -> list[str]:
-    """The modules of a down block from this layer on; the whole block if that is all of it."""
+    """Return the modules of a down block from this layer on; the whole block if that is all of it."""
     if layer == 0:
         return [name]
     count = len(block.resnets)

@@ -19,3 +19,11 @@ class StateError(TGateError, RuntimeError):
 
 class CompileError(TGateError, RuntimeError):
     """torch could not trace or compile a phase as one graph."""
+
+
+def check_count(name: str, value: object, *, least: int, unit: str = "steps") -> None:
+    """Raise `ArgumentError` unless ``value`` is an int ≥ ``least``."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ArgumentError(
+            f"{name}={value!r} ({type(value).__name__}) is not a number of {unit}: expected an int ≥ {least}."
+        )

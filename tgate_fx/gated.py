@@ -1,4 +1,4 @@
-"""What a gated pipeline carries, and the class that makes each of its calls one generation."""
+"""The gate on one pipeline, and the class that makes each of its calls one generation."""
 
 from __future__ import annotations
 
@@ -6,29 +6,18 @@ import dataclasses
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-from torch import nn
-
-from . import families
 from .cache import StaticCache
-from .compiler import CompiledPhases
-from .deepcache import DeepCache, find_deep_branch
-from .dispatch import Dispatch, EagerPhases, Phases, Run
 from .errors import StateError
-from .ladder import climb
-from .packages import PackagedPhases
-from .phase_graph import Example, PhaseGraph, trace
-from .regional import RegionalPhases, add_regions
-from .report import Report, Rung
+from .guidance import check_known_guidance
+from .network import Network
+from .phases import Phases
+from .run import Run
 from .schedule import Schedule
-from .settings import CompileSettings
-from .sites import Roles, Site
-from .split import PhaseFunction, phase_function
-from .trust import check_no_global_hooks, known_to_leave_modules_alone
+from .step_count import fresh_step_count, step_count
 
 _ATTRIBUTE = "_tgate"
 _PLAIN_CLASS = "_tgate_plain_class"
@@ -46,76 +35,55 @@ _AS_GATED = _AsGated()
 
 
 class Gated:
-    """The gate on one pipeline: its schedule, its phases, its cache, and the last run.
+    """The gate on one pipeline: its schedule, its network, what runs the phases, its cache, and the last run.
 
     Args:
         pipe: the pipeline; nothing is changed on it before `attach`.
         schedule: which phase each step is in.
-        deepcache: the deep branch to cache, if any.
-        settings: what torch.compile is given, or None to run eagerly.
+        network: its denoiser.
+        phases: what runs the denoiser's phases.
+
+    Attributes:
+        schedule, network, phases: these.
+        parameters: of the pipeline's call.
+        cache: where captured values are kept.
+        run: the last generation, or the one that is running; None before the first.
+        disabled: how many times over the gate is switched off.
 
     Raises:
         StateError: the pipeline is gated already.
         UnsupportedError: it cannot be gated.
     """
 
-    def __init__(
-        self, pipe: Any, schedule: Schedule, deepcache: DeepCache | None, settings: CompileSettings | None
-    ) -> None:
-        if Gated.of(pipe) is not None:
-            raise StateError(
-                f"This {type(pipe).__name__} is gated already: expected one that is not. Call tgate_fx.restore(pipe) "
-                "first; to change the gate for one call, use pipe(..., gate_step=...)."
-            )
+    def __init__(self, pipe: Any, schedule: Schedule, network: Network, phases: Phases) -> None:
+        check_not_gated(pipe)
         self.schedule = schedule
-        self.branch = None if deepcache is None else deepcache.branch
-        self.disabled = 0
-        self.attribute, self.denoiser = families.find_denoiser(pipe)
+        self.network = network
+        self.phases = phases
         self.parameters = inspect.signature(type(pipe).__call__).parameters
-        families.check_guidance_form(pipe, self.parameters)
-        self.settings = settings
-        if settings is not None and settings.dynamic and not settings.regional:
-            families.check_dynamic(self.denoiser)
-        self._deep_branch = None if self.branch is None else find_deep_branch(self.denoiser, self.branch)
-        self._plain_class = type(pipe)
-        base: type[Any] = getattr(self._plain_class, _PLAIN_CLASS, None) or self._plain_class
-        self._gated_class = _gated_class(base)  # type: ignore[arg-type]
-        self.cache = StaticCache(settings.fixes_addresses if settings is not None else lambda device: False)
+        check_known_guidance(pipe, self.parameters)
+        self.cache = StaticCache(phases.needs_static_addresses)
         self.run: Run | None = None
+        self.disabled = 0
+        self._plain_class = type(pipe)
+        self._base: type[Any] = getattr(self._plain_class, _PLAIN_CLASS, None) or self._plain_class
+        self._gated_class = _gated_class(self._base)  # type: ignore[arg-type]
+        self._attributes: list[str] = []
         self._generating = threading.Lock()
         self._thread: int | None = None
 
     @classmethod
     def of(cls, pipe: Any) -> Gated | None:
-        """The gate on this pipeline, if any."""
+        """Return the gate on this pipeline, if any."""
         return getattr(pipe, "__dict__", {}).get(_ATTRIBUTE)
 
-    def attach(self, pipe: Any, packaged: PackagedPhases | None = None) -> None:
-        """Put this gate on its pipeline; ``packaged`` runs the phases if they were compiled ahead of time."""
-        self.dispatch = dispatch = Dispatch.install(self.denoiser, self)
-        if self.branch is not None and self._deep_branch is not None:
-            dispatch.sites.add_deep_branch(self.branch, self._deep_branch)
-
-        @functools.cache
-        def function_of(roles: Roles) -> PhaseFunction:
-            return phase_function(dispatch.sites, dispatch.inner, roles, self.branch)
-
-        self._function_of = function_of
-        self._eager = EagerPhases(function_of, dispatch.inner)
-        self.compiled: CompiledPhases | RegionalPhases | PackagedPhases | None = None
-        if packaged is not None:
-            self.compiled = packaged
-        elif self.settings is not None and self.settings.regional:
-            add_regions(self.denoiser, dispatch.sites)
-            self.compiled = RegionalPhases(function_of, dispatch.sites, self.settings)
-        elif self.settings is not None:
-            self.compiled = CompiledPhases(function_of, self.denoiser, self.settings)
-        self.phases: Phases = self.compiled or self._eager
-        self._attributes: list[str] = []
-        self.add(pipe, _ATTRIBUTE, self)
+    def attach(self, pipe: Any) -> None:
+        """Put this gate on its pipeline."""
+        self.network.attach(self)
+        self.set_attribute(pipe, _ATTRIBUTE, self)
         pipe.__class__ = self._gated_class
 
-    def add(self, pipe: Any, name: str, value: object) -> None:
+    def set_attribute(self, pipe: Any, name: str, value: object) -> None:
         """Give the pipeline an attribute that goes when the gate is taken off."""
         vars(pipe)[name] = value
         self._attributes.append(name)
@@ -127,8 +95,8 @@ class Gated:
                 f"The class of this {self._plain_class.__name__} was changed after it was gated: expected it "
                 "unchanged. Undo first what was installed on the pipeline last."
             )
-        with self._one_at_a_time():
-            self.dispatch.release(self)
+        with self.one_at_a_time():
+            self.network.detach(self)
             pipe.__class__ = self._plain_class
             for name in self._attributes:
                 del vars(pipe)[name]
@@ -139,39 +107,37 @@ class Gated:
         overrides = {name: value for name, value in given.items() if value is not _AS_GATED}
         schedule = dataclasses.replace(self.schedule, off=self.disabled > 0, **overrides)
         bound = functools.partial(_bound, self.parameters, (pipe, *args), kwargs)
-        with self._one_at_a_time():
-            self._check_pipeline(pipe)
-            run = self.run = Run(pipe, self, schedule, bound("guidance_scale"))
-            if self.compiled is not None:
-                check_no_global_hooks()
-                calls_back = bound("callback_on_step_end") is not None or bound("callback") is not None
-                self.compiled.begin(trusted=not calls_back and known_to_leave_modules_alone(pipe, self.denoiser))
+        with self.one_at_a_time():
+            self.network.check_unchanged(pipe)
+            run = self.run = Run(pipe, self.network, self.phases, self.cache, schedule, bound("guidance_scale"))
+            calls_back = bound("callback_on_step_end") is not None or bound("callback") is not None
+            self.phases.begin(pipe, self._base, calls_back=calls_back)
             try:
-                with self.dispatch.running(run), families.fresh_step_count(pipe):
+                with self.network.dispatch.running(run.step), fresh_step_count(pipe):
                     result = call(pipe, *args, **kwargs)
             finally:
-                run.cut = False
+                run.branch_sliced = False
             # A generation may rightly end before its first step: interrupted, or with too little strength for one.
-            if run.steps == 0 and not getattr(pipe, "_interrupt", False) and families.step_count(pipe) != 0:
+            if run.steps == 0 and not getattr(pipe, "interrupt", False) and step_count(pipe) != 0:
                 raise StateError(
-                    f"The generation ended without a call of pipe.{self.attribute} through tgate_fx, so nothing was "
-                    "gated: expected the forward of the denoiser to be the one that was gated. Call "
+                    f"The generation ended without a call of pipe.{self.network.attribute} through tgate_fx, so "
+                    "nothing was gated: expected the forward of the denoiser to be the one that was gated. Call "
                     "tgate_fx.restore(pipe) and gate it again after whatever replaced it."
                 )
             return result
 
     @contextmanager
-    def eagerly(self) -> Iterator[None]:
-        """While this lasts, the phases run eagerly."""
-        self.phases = self._eager
+    def running_with(self, phases: Phases) -> Iterator[None]:
+        """Context manager: these run the phases."""
+        own, self.phases = self.phases, phases
         try:
             yield
         finally:
-            self.phases = self.compiled or self._eager
+            self.phases = own
 
     @contextmanager
-    def _one_at_a_time(self) -> Iterator[None]:
-        """Generations of one pipeline from several threads follow one another: its scheduler and cache serve one."""
+    def one_at_a_time(self) -> Iterator[None]:
+        """Context manager: generations from several threads follow one another, for scheduler and cache serve one."""
         if self._thread == threading.get_ident():
             raise StateError(
                 "This pipeline is in the middle of a generation: expected that to end before it is called again. Do "
@@ -184,70 +150,18 @@ class Gated:
             finally:
                 self._thread = None
 
-    def _check_pipeline(self, pipe: Any) -> None:
-        denoiser = getattr(pipe, self.attribute, None)
-        if isinstance(denoiser, nn.Module):
-            families.check_not_compiled(self.attribute, denoiser)
-            families.check_no_deepcache_helper(denoiser)
-        if denoiser is not self.denoiser:
-            raise StateError(
-                f"pipe.{self.attribute} is another module than the one that was gated: expected the same. Put it back, "
-                "or call tgate_fx.restore(pipe) and gate the pipeline again."
-            )
 
-    def sites(self, schedule: Schedule) -> list[Site]:
-        """The sites of the kinds that are cached under this schedule."""
-        kinds = [True, schedule.caches_self_attention, self.branch is not None]
-        return [
-            site
-            for kind, cached in enumerate(kinds)
-            if cached
-            for site in self.dispatch.sites.of_kind(kind)
-            if site.branch in (None, self.branch)
-        ]
-
-    def check_captured(self, kind: int, captured: Sequence[Any]) -> None:
-        """Raise `StateError` if a site of this kind did not run while its denoiser did."""
-        self.dispatch.sites.check_captured(kind, self.branch, captured)
-
-    def graphs(self) -> dict[str, PhaseGraph]:
-        """The graphs of the last run's phases."""
-        if self.run is None or not self.run.examples:
-            raise StateError(
-                "No generation has run since this pipeline was gated: expected one, since graphs are traced for inputs "
-                "like its own. Generate an image first; the fewest steps that reach every phase will do."
-            )
-        traced = map(self.trace, self.run.examples.values())
-        return {graph.name: graph for graph in traced}
-
-    def trace(self, of: Example) -> PhaseGraph:
-        """The graph of a phase that was run like this."""
-        with self.dispatch.lock:
-            return trace(self.denoiser, self.dispatch.sites, self.dispatch.inner, self.branch, of)
-
-    def report(self, *, ladder: bool = False) -> Report:
-        """The report on the last run; empty if there was none."""
-        run, compiled = self.run, self.compiled
-        steps = run.clock.steps() if run is not None else ()
-        return Report(
-            steps=steps,
-            compiled_graphs=compiled.graphs if compiled is not None else 0,
-            recompiles=compiled.recompiles if compiled is not None else 0,
-            gate=next((step.index for step in steps if step.phase.startswith("post-gate")), None),
-            sites=len(self.sites(self.schedule if run is None else run.schedule)),
-            compiler=compiled.describe() if compiled is not None else "eager",
-            cache_bytes=self.cache.nbytes,
-            ladder=self._ladder() if ladder else (),
+def check_not_gated(pipe: Any) -> None:
+    """Raise `StateError` if the pipeline is gated already."""
+    if Gated.of(pipe) is not None:
+        raise StateError(
+            f"This {type(pipe).__name__} is gated already: expected one that is not. Call tgate_fx.restore(pipe) "
+            "first; to change the gate for one call, use pipe(..., gate_step=...)."
         )
-
-    def _ladder(self) -> tuple[Rung, ...]:
-        """Where the gain of the last run comes from."""
-        with self._one_at_a_time(), self.dispatch.lock, torch.no_grad():
-            return climb(self.run, self._function_of, next(self.denoiser.parameters()).device)
 
 
 def _bound(parameters: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str) -> Any:
-    """The value that a call of the pipeline binds to this parameter, its default included; None if it has none."""
+    """Return what a call of the pipeline binds to this parameter, its default included; None if there is none."""
     if name in kwargs:
         return kwargs[name]
     names = list(parameters)
@@ -259,7 +173,7 @@ def _bound(parameters: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping
 
 @functools.cache
 def _gated_class(base: type[Any]) -> type[Any]:
-    """A subclass of a pipeline's class whose call is one generation; it has the same name, module and behaviour.
+    """Return a subclass of a pipeline's class whose call is one generation; it has the same name, module and behaviour.
 
     Only gated instances get this class: the pipeline class itself is never changed. An instance of it that was made
     from a gated one, and is not gated itself, is a plain pipeline.
@@ -288,8 +202,8 @@ def _gated_class(base: type[Any]) -> type[Any]:
         def guidance_rescale(self: Any) -> Any:
             # Where guidance sees one branch twice, rescaling would blend two equal predictions and only round them.
             gated = Gated.of(self)
-            cut = gated is not None and gated.run is not None and gated.run.cut
-            return 0.0 if cut else base.guidance_rescale.fget(self)
+            sliced = gated is not None and gated.run is not None and gated.run.branch_sliced
+            return 0.0 if sliced else base.guidance_rescale.fget(self)
 
         attributes["guidance_rescale"] = property(guidance_rescale)
     return type(base.__name__, (base,), {**attributes, "__qualname__": base.__qualname__})

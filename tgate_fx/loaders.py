@@ -19,6 +19,7 @@ from typing import Any
 from .deepcache import DeepCache
 from .errors import ArgumentError, UnsupportedError
 from .gated import Gated
+from .keywords import check_known
 from .pipeline import gate
 
 _TGATE_V2 = {"gate_step": 10, "sp_interval": 5, "fi_interval": 1, "warm_up": 2}
@@ -118,7 +119,7 @@ def _load(
     lcm: bool = False,
     deepcache: DeepCache | None = None,
 ) -> Any:
-    _check_keywords(defaults, ("gate_step", "num_inference_steps"))
+    check_known(defaults, ("gate_step", "num_inference_steps"))
     if not any(base.__name__ in classes for base in type(pipe).__mro__):
         raise UnsupportedError(
             f"This loader was given a {type(pipe).__name__}: expected a {' or a '.join(classes)}. "
@@ -129,22 +130,16 @@ def _load(
     assert gated is not None
     parameters = inspect.signature(pipe.__call__).parameters
     allowed = (*parameters, *_DEPRECATED, *(["lcm"] if lcm else []))
-    gated.add(pipe, "tgate", functools.partial(_tgate, pipe, {**upstreams, **defaults}, allowed))
+    gated.set_attribute(pipe, "tgate", functools.partial(_tgate, pipe, {**upstreams, **defaults}, allowed))
     return pipe
 
 
 def _tgate(pipe: Any, defaults: Mapping[str, Any], allowed: tuple[str, ...], *args: Any, **kwargs: Any) -> Any:
     """Generate as the pipeline's own call does, gated."""
-    _check_keywords(kwargs, allowed)
+    check_known(kwargs, allowed)
     if kwargs.pop("lcm", False):
         _check_unguided(pipe, args, kwargs)
     return pipe(*args, **{**defaults, **kwargs})
-
-
-def _check_keywords(given: Mapping[str, Any], allowed: tuple[str, ...]) -> None:
-    unknown = [name for name in given if name not in allowed]
-    if unknown:
-        raise ArgumentError(f"Unknown keyword {', '.join(unknown)}: expected one of {', '.join(allowed)}.")
 
 
 def _check_unguided(pipe: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

@@ -13,9 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .architectures import ARCHITECTURES
 from .deepcache import find_deep_branch
+from .roles import Kind, Role, Roles
 from .schedule import Schedule
-from .sites import Role, Roles, Sites
-from .split import Cache, phase_function
+from .sites import Sites
+from .split import EMPTY_CACHE, Cache, phase_function
 
 
 class Cost(NamedTuple):
@@ -67,7 +68,7 @@ class Generation:
 
 
 def step_costs(generation: Generation) -> list[Cost]:
-    """The cost of every step of one image."""
+    """Return the cost of every step of one image."""
     schedule = generation.schedule.resolve(generation.steps)
     costs = []
     for index in range(generation.steps):
@@ -78,20 +79,19 @@ def step_costs(generation: Generation) -> list[Cost]:
 
 
 def image_cost(generation: Generation) -> Cost:
-    """The cost of all steps of one image."""
+    """Return the cost of all steps of one image."""
     return functools.reduce(Cost.plus, step_costs(generation))
 
 
 @functools.cache
 def phase_cost(arch: str, roles: Roles, branch: int | None, rows: int, size: int | None = None) -> Cost:
-    """The cost of one step of a phase."""
+    """Return the cost of one step of a phase."""
     sites, denoiser = _counted(arch, branch)
     inputs = ARCHITECTURES[arch].inputs(rows, size)
-    capture = Roles(*[Role.CAPTURE if role is Role.REUSE else Role.LIVE for role in roles])
     with torch.no_grad():
-        cache: Cache = ((), (), ())
+        cache: Cache = EMPTY_CACHE
         if Role.REUSE in roles:
-            cache = phase_function(sites, denoiser.forward, capture, branch)(cache, (), inputs)[1]
+            cache = phase_function(sites, denoiser.forward, roles.capturing(), branch)(cache, (), inputs)[1]
         with FlopCounterMode(display=False) as counter, _AttentionProducts() as products:
             phase_function(sites, denoiser.forward, roles, branch)(cache, (), inputs)
     return Cost(counter.get_total_flops() // 2, products.macs)
@@ -118,15 +118,17 @@ def _counted(arch: str, branch: int | None) -> tuple[Sites, torch.nn.Module]:
     denoiser = ARCHITECTURES[arch].build()
     sites = Sites(denoiser)
     if branch is not None:
-        sites.add_deep_branch(branch, find_deep_branch(denoiser, branch))
+        sites.attach_deep_branch(branch, find_deep_branch(denoiser, branch))
     return sites, denoiser
 
 
 def parameters(arch: str) -> tuple[int, int]:
-    """How many parameters the denoiser has, and how many without its cross-attentions, which no gated step reads."""
+    """Return how many parameters the denoiser has, and how many a gated step reads: all but the cross-attentions'."""
     sites, denoiser = _counted(arch, None)
     total = sum(parameter.numel() for parameter in denoiser.parameters())
     cached = sum(
-        parameter.numel() for site in sites.of_kind(0) for parameter in denoiser.get_submodule(site.name).parameters()
+        parameter.numel()
+        for site in sites.of_kind(Kind.CROSS_ATTENTION)
+        for parameter in denoiser.get_submodule(site.name).parameters()
     )
     return total, total - cached

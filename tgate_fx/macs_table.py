@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -40,16 +41,16 @@ PUBLISHED = (
     Published("gate 5", Generation("sd21", 25, Schedule(5)), 22.208e12, 815.433e6),
     Published("ungated", Generation("sdxl", 25, _UNGATED), 149.438e12, 2.570e9),
     Published("gate 5", Generation("sdxl", 25, Schedule(5)), 84.438e12, 2.024e9),
-    Published("gate 10, self-attention every 5", Generation("sdxl", 25, _V2_SDXL), 95.988e12, None),
+    Published("gate 10, sp_interval 5", Generation("sdxl", 25, _V2_SDXL), 95.988e12, None),
     Published("DeepCache (3, 1)", Generation("sdxl", 25, _DEEPCACHE, branch=1), 57.888e12, None),
     Published(
         "gate 13, DeepCache (3, 1)", Generation("sdxl", 25, Schedule(13, deep_interval=3), branch=1), 43.868e12, None
     ),
     Published("ungated", Generation("pixart-alpha", 25, _UNGATED), 107.031e12, 611.350e6),
     Published("gate 8", Generation("pixart-alpha", 25, Schedule(8)), 65.318e12, 462.585e6),
-    Published("gate 15, self-attention every 3", Generation("pixart-alpha", 25, _V2_PIXART), 73.971e12, None),
+    Published("gate 15, sp_interval 3", Generation("pixart-alpha", 25, _V2_PIXART), 73.971e12, None),
     Published("ungated", Generation("pixart-sigma", 25, _UNGATED), 107.766e12, None),
-    Published("gate 15, self-attention every 3", Generation("pixart-sigma", 25, _V2_PIXART), 74.420e12, None),
+    Published("gate 15, sp_interval 3", Generation("pixart-sigma", 25, _V2_PIXART), 74.420e12, None),
     Published("LCM, 4 steps", Generation("sdxl-lcm", 4, _UNGATED, guided=False), 11.955e12, 2.570e9),
     Published("LCM, 4 steps, gate 1", Generation("sdxl-lcm", 4, Schedule(1), guided=False), 11.171e12, 2.024e9),
     Published("LCM, 4 steps", Generation("pixart-alpha", 4, _UNGATED, guided=False), 8.563e12, 611.350e6),
@@ -65,7 +66,7 @@ def published_rows() -> list[dict[str, Any]]:
 
 
 def row(variant: str, generation: Generation) -> dict[str, Any]:
-    """What one image takes.
+    """Return the costs of one image.
 
     Returns:
         ``macs`` of convolutions and linear layers, ``macs_with_attention``, ``params`` that the gated steps read (all
@@ -91,9 +92,10 @@ def row(variant: str, generation: Generation) -> dict[str, Any]:
 def schedule_rows(generation: Generation) -> list[dict[str, Any]]:
     """One step of each phase of a schedule, and the whole image; ``steps`` is how many there are of it."""
     schedule = generation.schedule.resolve(generation.steps)
-    phases: dict[str, list[Cost]] = {}
+    phases: dict[tuple[str, bool], list[Cost]] = {}
     for index, cost in enumerate(step_costs(generation)):
-        phases.setdefault(schedule.at(index).phase, []).append(cost)
+        step = schedule.at(index)
+        phases.setdefault((step.phase, step.gated), []).append(cost)
     title = ARCHITECTURES[generation.arch].title
     total, without = parameters(generation.arch)
     rows = [
@@ -102,24 +104,28 @@ def schedule_rows(generation: Generation) -> list[dict[str, Any]]:
             "variant": f"a step: {phase}",
             "steps": len(costs),
             "macs": costs[0].layers,
-            "params": without if phase.startswith("post-gate") else total,
+            "params": without if gated else total,
             "macs_with_attention": costs[0].total,
             "page_macs": None,
             "page_params": None,
         }
-        for phase, costs in phases.items()
+        for (phase, gated), costs in phases.items()
     ]
     whole = [row("the image, nothing cached", generation.plain), row("the image", generation)]
     return [*rows, *[each | {"steps": generation.steps} for each in whole]]
 
 
 def show(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print rows as a table; columns that no row has are left out."""
-    table = Table()
+    """Print rows as a table of 80 columns, under a line for each model; columns that no row has are left out."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0, collapse_padding=True)
     shown = [(key, heading, cell) for key, heading, cell in _COLUMNS if any(row.get(key) for row in rows)]
     for key, heading, _ in shown:
-        table.add_column(heading, justify="left" if key in ("model", "variant") else "right")
+        table.add_column(heading, justify="left" if key == "variant" else "right", no_wrap=True)
+    model = None
     for row in rows:
+        if row["model"] != model:
+            model = row["model"]
+            table.add_row(f"[bold]{model}[/bold]")
         table.add_row(*[cell(row[key]) if row.get(key) else "" for key, _, cell in shown])
     Console().print(table)
 
@@ -133,13 +139,12 @@ def _mega(value: float) -> str:
 
 
 _COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
-    ("model", "model", str),
-    ("variant", "variant", str),
+    ("variant", "", lambda variant: f"  {variant}"),
     ("steps", "steps", str),
     ("macs", "MACs", _tera),
-    ("page_macs", "published", _tera),
-    ("params", "parameters", _mega),
-    ("page_params", "published", _mega),
-    ("macs_with_attention", "MACs with attention", _tera),
+    ("page_macs", "publ.", _tera),
+    ("params", "params", _mega),
+    ("page_params", "publ.", _mega),
+    ("macs_with_attention", "with attn.", _tera),
     ("limit", "limit", lambda limit: f"{limit:.3f}x"),
 )

@@ -77,7 +77,7 @@ def _precision(graph: torch.fx.GraphModule) -> torch.dtype:
 
 
 def _shared(openvino: Any, tensor: torch.Tensor) -> Any:
-    """A tensor as OpenVINO takes it, in the same memory if that is dense."""
+    """Return a tensor as OpenVINO takes it, in the same memory if that is dense."""
     tensor = tensor.detach().contiguous()
     if tensor.dtype is torch.bfloat16:  # which numpy does not have
         return openvino.Tensor(tensor.view(torch.int16).numpy(), list(tensor.shape), openvino.Type.bf16)
@@ -85,7 +85,7 @@ def _shared(openvino: Any, tensor: torch.Tensor) -> Any:
 
 
 def _copied(openvino: Any, output: Any) -> torch.Tensor:
-    """An output in memory of its own: the next run writes to OpenVINO's."""
+    """Return an output in memory of its own: the next run writes to OpenVINO's."""
     values = torch.from_numpy(output.data)
     if output.element_type == openvino.Type.bf16:
         values = values.view(torch.bfloat16)

@@ -3,44 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map_only
 
+from . import private
+from .dead_code import remove_dead_code
 from .errors import CompileError, StateError
-from .families import TEXT
-from .forms import canonical, on_meta
-from .pruning import remove_dead_code
-from .schedule import Step
-from .sites import KINDS, Role, Roles, SiteInfo, Sites
-from .split import Cache, PhaseFunction, phase_function
+from .gated import Gated
+from .inputs import zeros_like
+from .network import Network
+from .phases import Example
+from .roles import Kind, Role
+from .sites import SiteInfo
+from .split import Cache, PhaseFunction
 
-_DENOISER = "denoiser"
-
-
-class Example(NamedTuple):
-    """How a phase was run, with every tensor as one on the meta device: its form without its values.
-
-    Attributes:
-        name: what the report calls the phase.
-        roles: what the sites did.
-        cache: what was given for the sites that were REUSE.
-        inputs: the denoiser's, in the form that is compiled for.
-    """
-
-    name: str
-    roles: Roles
-    cache: Cache
-    inputs: dict[str, Any]
-
-
-def example(step: Step, cache: Cache, inputs: Mapping[str, Any]) -> Example:
-    """The example that one step makes."""
-    return Example(step.phase, step.roles, *on_meta((cache, canonical(inputs)[0])))
+# Names of parameters begin with this in graphs and packages.
+DENOISER = "denoiser"
 
 
 @dataclass(frozen=True)
@@ -48,9 +30,9 @@ class PhaseGraph:
     """One phase of a denoiser.
 
     Attributes:
-        name: what the report calls it, such as "pre-gate".
+        name: the phase's name in the report, such as "pre-gate".
         module: the graph. ``module(cache, inputs) -> (output, captured)`` runs it: ``inputs`` are the denoiser's by
-            name, ``cache`` and ``captured`` hold for each kind of site (`KINDS`) one tensor for each that is reused or
+            name, ``cache`` and ``captured`` hold for each kind of site one tensor for each that is reused or
             captured. Parameters are the denoiser's own. ``print(module.code)`` shows it as Python.
         reused: the sites whose output is an input of the graph.
         skipped: the modules of a deep branch that are not computed.
@@ -63,9 +45,10 @@ class PhaseGraph:
     skipped: tuple[SiteInfo, ...]
     captured: tuple[SiteInfo, ...]
     _zeros: Callable[[], tuple[Cache, dict[str, Any]]] = field(repr=False, compare=False)
+    _text: tuple[str, ...] = field(repr=False, compare=False)
 
     def arguments(self) -> tuple[Cache, dict[str, Any]]:
-        """New arguments for ``module``, of the form that it was traced for: every tensor of them all zeros."""
+        """Return new arguments for ``module``, of the shapes and dtypes that it was traced for, all zeros."""
         return self._zeros()
 
     @property
@@ -77,10 +60,10 @@ class PhaseGraph:
     def parameters(self) -> tuple[str, ...]:
         """The names, within the denoiser, of the parameters and buffers that the graph reads."""
         nodes = self.module.graph.find_nodes(op="get_attr")
-        return tuple(dict.fromkeys(str(node.target).removeprefix(f"{_DENOISER}.") for node in nodes))
+        return tuple(dict.fromkeys(str(node.target).removeprefix(f"{DENOISER}.") for node in nodes))
 
     def operations(self, depth: int | None = 2) -> dict[str, int]:
-        """How many operations there are in each module, by the first ``depth`` parts of its name (None: all of it).
+        """Return the number of operations in each module, by the first ``depth`` parts of its name (None: all of it).
 
         What the denoiser does itself, outside of its modules, is under its own name: the empty one.
         """
@@ -93,7 +76,7 @@ class PhaseGraph:
         return [node for node in self.module.graph.nodes if node.op == "call_function"]
 
     def check(self) -> None:
-        """See that the graph is what its phase claims: nothing of what is reused or skipped, and no needless text.
+        """Check that the graph computes nothing that is reused or skipped, and reads no needless text.
 
         Raises:
             StateError: it computes within such a site, reads a parameter of one, or reads the text although every
@@ -104,8 +87,8 @@ class PhaseGraph:
         computed = [node for node in self._calls() if node.target is not torch.ops.aten.clone.default]
         within = [node.name for node in computed if _is_within(_module_of(node), names)]
         within += [name for name in self.parameters if _is_within(name, names)]
-        if any(site.kind == KINDS[0] for site in self.reused):
-            within += [name for name in self.inputs if name.removeprefix("inputs_") in TEXT]
+        if any(site.kind == Kind.CROSS_ATTENTION.title for site in self.reused):
+            within += [name for name in self.inputs if name.removeprefix("inputs_") in self._text]
         if within:
             raise StateError(
                 f"The {self.name} graph reads or computes {', '.join(within[:5])}: expected nothing of the sites that "
@@ -114,7 +97,7 @@ class PhaseGraph:
             )
 
     def difference(self, other: PhaseGraph, depth: int | None = None) -> dict[str, tuple[int, int]]:
-        """The modules in which this phase and another have different numbers of operations, with both numbers."""
+        """Return the modules in which this phase and another differ in the number of operations, with both numbers."""
         counts = self.operations(depth), other.operations(depth)
         names = dict.fromkeys([*counts[0], *counts[1]])
         pairs = {name: (counts[0].get(name, 0), counts[1].get(name, 0)) for name in names}
@@ -136,75 +119,79 @@ class _Phase(nn.Module):
 
     def __init__(self, denoiser: nn.Module, function: PhaseFunction) -> None:
         super().__init__()
-        self.add_module(_DENOISER, denoiser)
+        self.add_module(DENOISER, denoiser)
         self._function = function
 
     def forward(self, cache: Cache, inputs: dict[str, Any]) -> Any:
         return self._function(cache, (), inputs)
 
 
-def trace(
-    denoiser: nn.Module, sites: Sites, forward: Callable[..., Any], branch: int | None, of: Example
-) -> PhaseGraph:
-    """The graph of one phase, traced by torch.export on zeros of the example's form.
+def graphs_of(gated: Gated) -> dict[str, PhaseGraph]:
+    """Return the graphs of the last generation's phases, by name; see `tgate_fx.graphs`."""
+    if gated.run is None or not gated.run.examples:
+        raise StateError(
+            "No generation has run since this pipeline was gated: expected one, since graphs are traced for inputs "
+            "like its own. Generate an image first; the fewest steps that reach every phase will do."
+        )
+    traced = [trace(gated.network, example) for example in gated.run.examples.values()]
+    return {graph.name: graph for graph in traced}
 
-    Args:
-        denoiser: the model.
-        sites: its sites.
-        forward: its own forward.
-        branch: the number of the deep branch that the roles speak of, if any.
-        of: how the phase was run.
+
+def trace(network: Network, example: Example) -> PhaseGraph:
+    """Return the graph of one phase, traced by torch.export on zeros of the example's shapes and dtypes.
 
     Raises:
         CompileError: torch.export cannot trace it.
     """
-    function = phase_function(sites, forward, of.roles, branch)
-    device = next(denoiser.parameters()).device
+    with network.dispatch.lock:
+        return _trace(network, example)
+
+
+def _trace(network: Network, example: Example) -> PhaseGraph:
+    device = next(network.module.parameters()).device
 
     def zeros() -> tuple[Cache, dict[str, Any]]:
-        made: tuple[Cache, dict[str, Any]] = tree_map_only(
-            torch.Tensor, lambda form: torch.zeros_like(form, device=device), (of.cache, of.inputs)
-        )
+        made: tuple[Cache, dict[str, Any]] = zeros_like((example.cache, example.inputs), device)
         return made
 
+    phase = _Phase(network.module, network.function(example.roles))
     # Tracers keep what they are at in one place for the whole process; torch.compile takes turns by this lock.
-    with torch._dynamo.convert_frame.compile_lock, torch.inference_mode(False), torch.no_grad():
+    with private.compile_lock(), torch.inference_mode(False), torch.no_grad():
         try:
-            program = torch.export.export(_Phase(denoiser, function), zeros(), strict=False)
+            program = torch.export.export(phase, zeros(), strict=False)
         except Exception as error:
             raise CompileError(
-                f"The {of.name} phase could not be traced as one graph: {error}\nExpected a denoiser that torch.export "
-                "takes whole, whose weights were not made under torch.inference_mode. Change what the message above "
-                "names, or do without the graph."
+                f"The {example.name} phase could not be traced as one graph: {error}\nExpected a denoiser that "
+                "torch.export takes whole, whose weights were not made under torch.inference_mode. Change what the "
+                "message above names, or do without the graph."
             ) from error
     module = program.module(check_guards=False)
     assert isinstance(module, torch.fx.GraphModule)
     for node in list(module.graph.nodes):
-        if node.op == "call_function" and node.target is torch.ops.aten._assert_tensor_metadata.default:
+        if node.op == "call_function" and private.is_metadata_assertion(node.target):
             module.graph.erase_node(node)  # it would keep alive what nothing else reads
     remove_dead_code(module.graph, _has_effect)
     module.delete_all_unused_submodules()
     module.recompile()
-    with_roles = list(zip(sites.sites, sites.assign(of.roles, branch), strict=True))
+    sites, roles, branch = network.dispatch.sites, example.roles, network.branch
     reused, skipped, captured = (
-        tuple(SiteInfo(site.name, KINDS[site.kind]) for site, role in with_roles if role is wanted)
-        for wanted in (Role.REUSE, Role.SKIP, Role.CAPTURE)
+        sites.with_role(wanted, roles, branch) for wanted in (Role.REUSE, Role.SKIP, Role.CAPTURE)
     )
-    return PhaseGraph(of.name, module, reused, skipped, captured, zeros)
+    return PhaseGraph(example.name, module, reused, skipped, captured, zeros, network.family.text)
 
 
 def _has_effect(node: torch.fx.Node) -> bool:
-    """Whether a node does more than compute its value. (For FX a dropout does, even one that is off.)"""
-    if isinstance(node.target, torch._ops.OpOverload):
-        return bool(node.target._schema.is_mutable)
+    """Return whether a node does more than compute its value. (For FX a dropout does, even one that is off.)"""
+    if private.is_operator(node.target):
+        return private.writes(node.target)
     return bool(node.is_impure())
 
 
 def _module_of(node: torch.fx.Node) -> str:
-    """The name, within the denoiser, of the module that a node belongs to; empty for the denoiser itself."""
+    """Return the name, within the denoiser, of the module that a node belongs to; empty for the denoiser itself."""
     stack = node.meta.get("nn_module_stack") or {}
     path = next((str(path) for path, _ in reversed(stack.values())), "")
-    return path.removeprefix(_DENOISER).removeprefix(".")
+    return path.removeprefix(DENOISER).removeprefix(".")
 
 
 def _is_within(name: str, modules: list[str]) -> bool:

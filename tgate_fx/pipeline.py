@@ -8,21 +8,28 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from . import families
 from .deepcache import DeepCache
 from .dispatch import COPIED, SPLIT, Dispatch
 from .errors import ArgumentError, StateError, UnsupportedError
-from .gated import Gated
-from .phase_graph import PhaseGraph
+from .gated import Gated, check_not_gated
+from .keywords import refuse_unknown
+from .ladder import measure_ladder
+from .network import Network, check_not_compiled, find_denoiser
+from .phase_graph import PhaseGraph, graphs_of
+from .phases import EagerPhases
+from .regional import RegionalPhases
 from .report import Report
+from .roles import Kind
 from .schedule import Schedule
 from .settings import CompileSettings
-from .sites import KINDS, SiteInfo, find_sites
+from .sites import SiteInfo, SiteList, find_sites
 from .split import split as split_functions
+from .whole import WholePhases
 
 Pipeline = TypeVar("Pipeline")
 
 
+@refuse_unknown
 def gate(
     pipe: Pipeline,
     gate_step: int | float | None = 10,
@@ -32,7 +39,6 @@ def gate(
     warm_up: int = 0,
     deepcache: DeepCache | None = None,
     after_gate: str | None = None,
-    **unknown: Any,
 ) -> Pipeline:
     """Gate a diffusers pipeline, without compiling it.
 
@@ -65,10 +71,13 @@ def gate(
         UnsupportedError: the pipeline cannot be gated exactly; the message says why.
         StateError: the pipeline is gated already.
     """
-    intervals = {"sp_interval": sp_interval, "fi_interval": fi_interval, "warm_up": warm_up}
-    return _attach(pipe, gate_step, intervals, deepcache, after_gate, None, unknown)
+    network = _network(pipe, deepcache)
+    schedule = _schedule(network, gate_step, sp_interval, fi_interval, warm_up, deepcache, after_gate)
+    Gated(pipe, schedule, network, EagerPhases(network)).attach(pipe)
+    return pipe
 
 
+@refuse_unknown
 def compile(
     pipe: Pipeline,
     gate_step: int | float | None = 10,
@@ -83,7 +92,6 @@ def compile(
     dynamic: bool | None = None,
     options: Mapping[str, Any] | None = None,
     regional: bool = False,
-    **unknown: Any,
 ) -> Pipeline:
     """Gate a diffusers pipeline, and run each phase through torch.compile.
 
@@ -115,46 +123,44 @@ def compile(
     """
     if mode is not None and options is not None:
         raise ArgumentError(f"mode={mode!r} and options={options!r} were both given: expected one of them.")
-    intervals = {"sp_interval": sp_interval, "fi_interval": fi_interval, "warm_up": warm_up}
     settings = CompileSettings(backend, mode, dynamic, options, regional)
-    return _attach(pipe, gate_step, intervals, deepcache, after_gate, settings, unknown)
+    network = _network(pipe, deepcache)
+    schedule = _schedule(network, gate_step, sp_interval, fi_interval, warm_up, deepcache, after_gate)
+    phases = RegionalPhases(network, settings) if regional else WholePhases(network, settings)
+    Gated(pipe, schedule, network, phases).attach(pipe)
+    return pipe
 
 
-def _attach(
-    pipe: Pipeline,
-    gate_step: Any,
-    intervals: dict[str, Any],
-    deepcache: Any,
-    after_gate: Any,
-    settings: CompileSettings | None,
-    unknown: Mapping[str, Any],
-) -> Pipeline:
-    if unknown:
-        raise ArgumentError(
-            f"Unknown keyword {', '.join(unknown)}: expected the keywords that tgate_fx.gate or tgate_fx.compile "
-            "documents."
-        )
+def _network(pipe: Any, deepcache: object) -> Network:
+    check_not_gated(pipe)
     if deepcache is not None and not isinstance(deepcache, DeepCache):
         raise ArgumentError(
             f"deepcache={deepcache!r} ({type(deepcache).__name__}) is no setting for DeepCache: expected "
             "tgate_fx.DeepCache(interval=..., branch=...), or None."
         )
-    schedule = Schedule(
-        gate_step,
-        **intervals,
-        deep_interval=None if deepcache is None else deepcache.interval,
-        after_gate=families.upstreams_branch(pipe) if after_gate is None else after_gate,
-    )
-    Gated(pipe, schedule, deepcache, settings).attach(pipe)
-    return pipe
+    return Network(pipe, deepcache)
+
+
+def _schedule(
+    network: Network,
+    gate_step: int | float | None,
+    sp_interval: int,
+    fi_interval: int,
+    warm_up: int,
+    deepcache: DeepCache | None,
+    after_gate: str | None,
+) -> Schedule:
+    deep_interval = None if deepcache is None else deepcache.interval
+    after_gate = network.family.after_gate if after_gate is None else after_gate
+    return Schedule(gate_step, sp_interval, fi_interval, warm_up, deep_interval, after_gate)
 
 
 def report(pipe: Any, *, ladder: bool = False) -> Report:
-    """What the last generation of a gated pipeline did, step by step; `print` it for a table.
+    """Return what the last generation of a gated pipeline did, step by step; `print` it for a table.
 
     Args:
         pipe: a pipeline under `gate`, `compile` or `load`.
-        ladder: also measure where its gain comes from, on this pipeline's own denoiser: what all steps take eagerly
+        ladder: also measure where its speed-up comes from, on this pipeline's own denoiser: what all steps take eagerly
             and ungated, then with guidance dropped as it was, then with each kind of site cached as it was, and last
             what the generation took compiled. Each different step runs a few times eagerly for this, on zeros.
 
@@ -162,11 +168,24 @@ def report(pipe: Any, *, ladder: bool = False) -> Report:
         StateError: the pipeline is not gated; or, for a ladder, the last generation ran no step or compiled a graph, or
             the denoiser was moved to another device since.
     """
-    return _gated(pipe).report(ladder=ladder)
+    gated = _gated(pipe)
+    run, phases = gated.run, gated.phases
+    steps = run.clock.steps() if run is not None else ()
+    schedule = run.schedule if run is not None else gated.schedule
+    return Report(
+        steps=steps,
+        compiled_graphs=phases.graphs,
+        recompiles=phases.recompiles,
+        gate=next((step.index for step in steps if schedule.at(step.index).gated), None),
+        sites=len(gated.network.cached_sites(schedule)),
+        compiler=phases.describe(),
+        cache_bytes=gated.cache.nbytes,
+        ladder=measure_ladder(gated) if ladder else (),
+    )
 
 
 def graphs(pipe: Any) -> dict[str, PhaseGraph]:
-    """The phases of the last generation as graphs that can be read, run, checked and compared.
+    """Return the phases of the last generation as graphs that can be read, run, checked and compared.
 
     Args:
         pipe: a pipeline under `gate` or `compile` that has generated something.
@@ -180,12 +199,12 @@ def graphs(pipe: Any) -> dict[str, PhaseGraph]:
         StateError: the pipeline is not gated, or nothing was generated yet.
         CompileError: torch.export cannot trace the denoiser.
     """
-    return _gated(pipe).graphs()
+    return graphs_of(_gated(pipe))
 
 
 @contextmanager
 def disabled(pipe: Any) -> Iterator[None]:
-    """While this lasts the pipeline generates with nothing cached, whatever its gate and its calls say.
+    """Context manager: the pipeline generates with nothing cached, whatever its gate and its calls say.
 
     Of a pipeline under `gate` the results are bit-exact with the untouched pipeline; one under `compile` runs its
     compiled pre-gate graph at every step.
@@ -218,7 +237,7 @@ def restore(target: Any) -> None:
                 f"This {type(target).__name__} belongs to a gated pipeline: expected a denoiser given to "
                 "tgate_fx.split. Call tgate_fx.restore(pipe) with the pipeline."
             )
-        dispatch.release(SPLIT)
+        dispatch.detach_from(SPLIT)
     else:
         _gated(target).detach(target)
 
@@ -233,7 +252,7 @@ def _gated(pipe: Any) -> Gated:
 
 
 def sites(target: Any) -> tuple[SiteInfo, ...]:
-    """The sites that a pipeline or a denoiser has, or would have: what is cached after the gate. Compiles nothing.
+    """Return the sites that a pipeline or a denoiser has, or would have; `print` them for a list. Compiles nothing.
 
     These are the cross-attentions and, of a pipeline gated with self-attention intervals or DeepCache, what these
     cache. `report` counts those of the last generation, which may have been given intervals of its own.
@@ -243,9 +262,10 @@ def sites(target: Any) -> tuple[SiteInfo, ...]:
     """
     gated = Gated.of(target)
     if gated is not None:
-        return tuple(SiteInfo(site.name, KINDS[site.kind]) for site in gated.sites(gated.schedule))
-    denoiser = target if isinstance(target, nn.Module) else families.find_denoiser(target)[1]
-    return tuple(SiteInfo(name, KINDS[kind]) for name, kind, _ in find_sites(denoiser) if kind == 0)
+        return SiteList(site.info for site in gated.network.cached_sites(gated.schedule))
+    denoiser = target if isinstance(target, nn.Module) else find_denoiser(target)[1]
+    found = find_sites(denoiser)
+    return SiteList(SiteInfo(name, kind.title) for name, kind, _ in found if kind is Kind.CROSS_ATTENTION)
 
 
 def split(denoiser: nn.Module) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -268,6 +288,6 @@ def split(denoiser: nn.Module) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """
     if not isinstance(denoiser, nn.Module):
         raise UnsupportedError(f"split was given a {type(denoiser).__name__}: expected a denoiser, such as pipe.unet.")
-    families.check_not_compiled("denoiser", denoiser)
-    dispatch = Dispatch.install(denoiser, SPLIT)
-    return split_functions(dispatch.sites, dispatch.inner, dispatch.lock)
+    check_not_compiled("denoiser", denoiser)
+    dispatch = Dispatch.attach_to(denoiser, SPLIT)
+    return split_functions(dispatch.sites, dispatch.original_forward, dispatch.lock)

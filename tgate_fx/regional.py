@@ -12,13 +12,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from .compiler import Compiled, Variant
+from . import private
 from .errors import UnsupportedError
-from .families import first_input
+from .inputs import latents_of
+from .network import Network
+from .roles import Kind, Role
 from .schedule import Step
 from .settings import CompileSettings
-from .sites import Part, Role, Roles, Site, Sites
-from .split import Cache, PhaseFunction, PhaseResult, run_in_roles
+from .sites import Part, Site, Sites
+from .split import Cache, PhaseResult, run_in_roles
+from .variant import CompiledPhases, Variant
 
 
 class Region(Part):
@@ -27,69 +30,91 @@ class Region(Part):
     Attributes:
         block: the block.
         indices: which of the denoiser's sites are in it.
+        runner: what runs it now; shared by all regions of a denoiser.
     """
 
-    def __init__(self, sites: Sites, block: nn.Module, indices: Sequence[int]) -> None:
+    def __init__(self, sites: Sites, block: nn.Module, indices: Sequence[int], runner: _Runner) -> None:
         super().__init__(sites, block)
         self.block = block
         self.indices = tuple(indices)
+        self.runner = runner
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the block, in place of its ``forward``."""
-        run = self._sites.run_region
+        run = self.runner.run
         if run is None or torch.compiler.is_dynamo_compiling():
-            return self.inner(*args, **kwargs)
+            return self.original_forward(*args, **kwargs)
         return run(self, args, kwargs)
 
 
-def add_regions(denoiser: nn.Module, sites: Sites) -> None:
-    """Make regions of the blocks that a denoiser repeats, unless they are there already.
+class _Runner:
+    """What runs the regions of a denoiser, in place of their own forward, while a phase runs by regions."""
+
+    run: Callable[[Region, tuple[Any, ...], dict[str, Any]], Any] | None = None
+
+
+def _runner_of(network: Network) -> _Runner:
+    """Return what runs the blocks that a denoiser repeats, after making regions of them if nobody has yet.
 
     These are the modules that the model class names (diffusers' ``_repeated_blocks``) and that hold cross-attention;
-    where it names none, the modules whose direct children the cross-attentions are.
+    where it names none, the modules whose direct children the cross-attentions are. diffusers' own
+    ``compile_repeated_blocks`` does not serve: it compiles them past any instance-level forward.
     """
-    if sites.regions:
-        return
-    named = getattr(denoiser, "_repeated_blocks", None) or ()
-    for name, block in list(denoiser.named_modules()):
+    sites = network.dispatch.sites
+    regions = [part for part in sites.parts if isinstance(part, Region)]
+    if regions:
+        return regions[0].runner
+    runner = _Runner()
+    named = private.repeated_blocks(network.module)
+    for name, block in list(network.module.named_modules()):
         within = [(index, site) for index, site in enumerate(sites.sites) if site.name.startswith(f"{name}.")]
-        holds = any(site.kind == 0 and site.name.rpartition(".")[0] == name for _, site in within)
+        holds = any(site.kind is Kind.CROSS_ATTENTION and _parent(site.name) == name for _, site in within)
         if holds and (not named or type(block).__name__ in named):
-            for place, (_, site) in enumerate(within):
-                site.place = place
-            sites.regions.append(Region(sites, block, [index for index, _ in within]))
+            for index_in_block, (_, site) in enumerate(within):
+                site.join_block(index_in_block)
+            sites.attach(Region(sites, block, [index for index, _ in within], runner))
+    return runner
 
 
-class RegionalPhases(Compiled):
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+class RegionalPhases(CompiledPhases):
     """Runs each phase eagerly, and the repeated blocks in it through torch.compile, checking guards at every step."""
 
-    def __init__(self, function_of: Callable[[Roles], PhaseFunction], sites: Sites, settings: CompileSettings) -> None:
+    def __init__(self, network: Network, settings: CompileSettings) -> None:
         super().__init__(settings)
-        self._function_of = function_of
-        self._sites = sites
+        self._network = network
+
+    def begin(self, pipe: Any, pipeline_class: type[Any], *, calls_back: bool) -> None:
+        """Begin a generation; see `Phases`."""
+        super().begin(pipe, pipeline_class, calls_back=calls_back)
+        with self._network.dispatch.lock:
+            self._runner = _runner_of(self._network)
 
     def __call__(self, step: Step, cache: Cache, inputs: dict[str, Any]) -> PhaseResult:
-        """Run one step; see `tgate_fx.dispatch.Phases`."""
-        self._device = first_input(inputs)[1].device
-        if self._settings.replays(self._device):
+        """Run one step; see `Phases`."""
+        self._device = latents_of(inputs)[1].device
+        if self.uses_cuda_graphs(self._device):
             raise UnsupportedError(
                 f"regional=True was given with {self.describe()}, under which a step would replay many CUDA graphs: "
                 "expected whole phases for that, or no CUDA graphs. Leave regional out, or use "
                 'mode="max-autotune-no-cudagraphs".'
             )
-        self._sites.run_region = functools.partial(self._run, step)
+        self._runner.run = functools.partial(self._run, step)
         try:
-            output, captured = self._function_of(step.roles)(cache, (), inputs)
+            output, captured = self._network.function(step.roles)(cache, (), inputs)
         finally:
-            self._sites.run_region = None
+            self._runner.run = None
         return output, captured
 
     def _run(self, step: Step, region: Region, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one block with the roles that its sites have now."""
-        sites = self._sites
+        sites = self._network.dispatch.sites
         roles = tuple([sites.role(index) for index in region.indices])
         cached = [sites.values[i] for i, role in zip(region.indices, roles, strict=True) if role is Role.REUSE]
-        # Blocks whose inputs have one form most often are alike, and share a graph; a layout is no reason for another.
+        # Blocks whose inputs have one signature are mostly alike, and share a graph; a layout is no reason for another.
         args = tuple([_contiguous(value) for value in args])
         kwargs = {name: _contiguous(value) for name, value in kwargs.items()}
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
@@ -99,23 +124,24 @@ class RegionalPhases(Compiled):
 
         def new_variant() -> Variant:
             name = f"{step.phase} {type(region.block).__name__}"
-            # Sites are known by their place in the block, which is the same in all blocks that are alike.
+            # Sites are known by their index in the block, which is the same in all blocks that are alike.
             run = run_in_roles(sites.block, roles, [range(len(roles))])
             return Variant(run, name, self._settings, self._device, guard_filter=_other_sites if alike else None)
 
-        _, (output, (captured,)) = self._run_guarded(key, step, new_variant, (region.inner, (cached,), args, kwargs))
-        places = [index for index, role in zip(region.indices, roles, strict=True) if role is Role.CAPTURE]
-        for index, value in zip(places, captured, strict=True):
+        arguments = (region.original_forward, (cached,), args, kwargs)
+        _, (output, (captured,)) = self._call_variant(key, step, new_variant, arguments)
+        capturing = [index for index, role in zip(region.indices, roles, strict=True) if role is Role.CAPTURE]
+        for index, value in zip(capturing, captured, strict=True):
             sites.values[index] = value
         return output
 
 
 def _other_sites(guards: Sequence[Any]) -> list[bool]:
-    """Which guards to keep: all but those that a graph is only for the very sites it was traced with.
+    """Return which guards to keep: all but those by which a graph serves only the very sites it was traced with.
 
     torch.compile ties a graph to each instance-level forward by its identity, and so would compile every block.
     """
-    return [not isinstance(guard.value, Site) for guard in guards]
+    return [not isinstance(private.guarded_value(guard), Site) for guard in guards]
 
 
 def _contiguous(value: Any) -> Any:

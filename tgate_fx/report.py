@@ -16,7 +16,7 @@ class StepReport:
 
     Attributes:
         index: which evaluation of the denoiser this was, from 0.
-        phase: "pre-gate" or "post-gate".
+        phase: "pre-gate" or "post-gate", and ", self-attention reused" or ", shallow" where more is cached.
         batch: the rows that the denoiser computed.
         seconds: how long the denoiser took. On CUDA the time between two events on the stream; elsewhere wall-clock.
         compiled: graphs compiled within this step; its seconds include compiling them.
@@ -36,12 +36,12 @@ class Rung(NamedTuple):
         name: what came in: "guidance dropped", "cross-attention cached", "self-attention cached", "deep branch cached",
             "compiled"; "ungated, eager" for the first.
         seconds: what the denoiser takes for all steps with this and what came in before it.
-        gain: how many times as fast that is as the rung before; 1 for the first.
+        speedup: how many times as fast that is as the rung before; 1 for the first.
     """
 
     name: str
     seconds: float
-    gain: float
+    speedup: float
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Report:
         sites: how many modules are cached after the gate.
         compiler: how the phases run: "eager", or the torch.compile settings in force.
         cache_bytes: the size of all static caches of this pipeline.
-        ladder: where the gain comes from, if that was asked for.
+        ladder: where the speed-up comes from, if that was asked for.
     """
 
     steps: tuple[StepReport, ...] = ()
@@ -73,17 +73,21 @@ class Report:
             f"gate at step {self.gate}" if self.gate is not None else "not gated",
             f"{self.sites} sites, {self.cache_bytes / 2**20:.2f} MiB cached, {self.compiler}, "
             f"{self.compiled_graphs} graphs compiled, {self.recompiles} recompiles in this generation",
-            f"{'step':>5}  {'phase':<10}  {'batch':>5}  {'seconds':>10}",
         ]
+        width = max(len(step.phase) for step in (*self.steps, _NO_STEP))
+        lines.append(f"{'step':>5}  {'phase':<{width}}  {'batch':>5}  {'seconds':>10}")
         for step in self.steps:
             note = f"  compiled {step.compiled}" if step.compiled else ""
-            lines.append(f"{step.index:>5}  {step.phase:<10}  {step.batch:>5}  {step.seconds:>10.4f}{note}")
+            lines.append(f"{step.index:>5}  {step.phase:<{width}}  {step.batch:>5}  {step.seconds:>10.4f}{note}")
         if self.ladder:
-            lines.append(f"{'where the gain comes from':<25}  {'seconds':>10}  {'gain':>6}  {'in all':>6}")
+            lines.append(f"{'where the speed-up comes from':<29}  {'seconds':>10}  {'speed-up':>8}  {'in all':>6}")
         for rung in self.ladder:
             in_all = self.ladder[0].seconds / rung.seconds
-            lines.append(f"{rung.name:<25}  {rung.seconds:>10.4f}  {rung.gain:>5.2f}x  {in_all:>5.2f}x")
+            lines.append(f"{rung.name:<29}  {rung.seconds:>10.4f}  {rung.speedup:>7.2f}x  {in_all:>5.2f}x")
         return "\n".join(lines)
+
+
+_NO_STEP = StepReport(0, "phase", 0, 0.0, 0)
 
 
 @dataclass
@@ -111,7 +115,7 @@ class StepClock:
             self._rows.append((index, phase, batch, compiled, lambda: _elapsed(started, ended)))
 
     def steps(self) -> tuple[StepReport, ...]:
-        """The rows so far. On CUDA this waits for the last step to finish."""
+        """Return the rows so far. On CUDA this waits for the last step to finish."""
         return tuple(
             StepReport(index, phase, batch, seconds(), compiled)
             for index, phase, batch, compiled, seconds in self._rows

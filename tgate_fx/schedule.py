@@ -11,8 +11,8 @@ import functools
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from .errors import ArgumentError
-from .sites import Role, Roles
+from .errors import ArgumentError, check_count
+from .roles import Kind, Role, Roles
 
 AFTER_GATE = ("negative", "positive", "both")
 
@@ -86,12 +86,18 @@ class Schedule:
         return caches and not self.off
 
     @property
+    def cached_kinds(self) -> tuple[Kind, ...]:
+        """The kinds of site that some step may take from the cache; cross-attention is always among them."""
+        cached = (True, self.caches_self_attention, self.deep_interval is not None)
+        return tuple(kind for kind in Kind if cached[kind])
+
+    @property
     def one_branch(self) -> bool:
         """Whether gated steps see one guidance branch only."""
         return self.after_gate != "both"
 
     def resolve(self, steps: int | None) -> Schedule:
-        """The schedule with the gate as a step index, for a generation of ``steps`` steps (None if unknown).
+        """Return the schedule with the gate as a step index, for a generation of ``steps`` steps (None if unknown).
 
         Raises:
             ArgumentError: the gate is a share and the number of steps is unknown.
@@ -106,7 +112,12 @@ class Schedule:
         return replace(self, gate_step=max(1, round(self.gate_step * steps)))
 
     def at(self, index: int) -> Step:
-        """The step with this index, of a resolved schedule."""
+        """Return the step with this index, of a resolved schedule.
+
+        Example:
+            >>> [Schedule(gate_step=2).at(index).phase for index in range(4)]
+            ['pre-gate', 'pre-gate', 'post-gate', 'post-gate']
+        """
         return _step(self, index)
 
 
@@ -115,7 +126,7 @@ class Schedule:
 def _step(schedule: Schedule, index: int) -> Step:
     gated = _is_gated(schedule, index)
     roles, following = _roles(schedule, index), _roles(schedule, index + 1)
-    # A captured value is kept if the next step uses it: what is reused later is reused from then on.
+    # A captured value is kept if the next step uses it: a value is reused from the very next step or never.
     keep = tuple(now is Role.CAPTURE and then is Role.REUSE for now, then in zip(roles, following, strict=True))
     phase = "post-gate" if gated else "pre-gate"
     if roles.self_attention is Role.REUSE:
@@ -170,11 +181,3 @@ def check_gate_step(value: object) -> None:
         f"gate_step={value!r} ({type(value).__name__}) is not a gate step: expected an int ≥ 1 (the index of the first "
         "gated step), a float between 0 and 1 (that share of the steps), or None (never gated)."
     )
-
-
-def check_count(name: str, value: object, *, least: int, of: str = "steps") -> None:
-    """Raise `ArgumentError` unless ``value`` is an int ≥ ``least``."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ArgumentError(
-            f"{name}={value!r} ({type(value).__name__}) is not a number of {of}: expected an int ≥ {least}."
-        )

@@ -1,4 +1,4 @@
-"""What torch.compile is given, and what that means on each device."""
+"""The settings of torch.compile, and their meaning on each device."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from . import private
 from .errors import UnsupportedError
 
 _CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
@@ -18,9 +19,9 @@ def _has_cuda_graphs(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def inductor_options(mode: str | None, options: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What inductor itself takes, which knows no modes: the options that a mode stands for, and those given."""
-    return {**(torch._inductor.list_mode_options(mode) if mode else {}), **(options or {})}
+def options_with_mode(mode: str | None, options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return what inductor itself takes, which knows no modes: the options that a mode stands for, and those given."""
+    return {**(private.mode_options(mode) if mode else {}), **(options or {})}
 
 
 @dataclass(frozen=True)
@@ -61,31 +62,52 @@ class CompileSettings:
             )
 
     def options_for(self, device: torch.device) -> dict[str, Any] | None:
-        """The ``options`` for graphs on this device."""
+        """Return the ``options`` for graphs on this device."""
         options = dict(self.options or {})
-        if self.backend == "inductor" and self.mode is None and device.type == "cpu" and not self.regional:
+        by_default = self.backend == "inductor" and self.mode is None and device.type == "cpu" and not self.regional
+        if by_default and private.can_freeze():
             options.setdefault("freezing", True)
         return options or None
 
     def freezes(self, device: torch.device) -> bool:
-        """Whether compiled graphs on this device hold the weights as they were when compiled."""
+        """Return whether compiled graphs on this device hold the weights as they were when compiled."""
         if self.backend == "openvino":
             return True
         return self.backend == "inductor" and bool((self.options_for(device) or {}).get("freezing"))
 
-    def replays(self, device: torch.device) -> bool:
-        """Whether graphs on this device may be CUDA-graph replays, whose outputs the next replay overwrites."""
+    def uses_cuda_graphs(self, device: torch.device) -> bool:
+        """Return whether graphs on this device may be CUDA-graph replays, whose outputs the next replay overwrites."""
         options = self.options or {}
         return _has_cuda_graphs(device) and (self.mode in _CUDA_GRAPH_MODES or bool(options.get("triton.cudagraphs")))
 
-    def fixes_addresses(self, device: torch.device) -> bool:
-        """Whether graphs on this device read their caches where they are; a frozen one would hold them as constants."""
-        return self.replays(device) and not self.freezes(device)
+    def needs_static_addresses(self, device: torch.device) -> bool:
+        """Return whether graphs on this device read their caches in place; frozen ones would hold them as constants."""
+        return self.uses_cuda_graphs(device) and not self.freezes(device)
+
+    def ahead_of_time(self, device: torch.device) -> dict[str, Any]:
+        """Return inductor's options for compiling ahead of time on this device.
+
+        Raises:
+            UnsupportedError: these settings are not for that.
+        """
+        given = {
+            f"backend={self.backend!r}": self.backend != "inductor",
+            "regional=True": self.regional,
+            "dynamic=True": bool(self.dynamic),
+            f"mode={self.mode!r}, whose CUDA graphs are recorded when it runs": self.uses_cuda_graphs(device),
+        }
+        for setting, refused in given.items():
+            if refused:
+                raise UnsupportedError(
+                    f"A pipeline compiled with {setting} cannot be saved: expected inductor, whole phases, one shape "
+                    "and no CUDA graphs. Compile it without that."
+                )
+        return options_with_mode(self.mode, self.options_for(device))
 
     def describe(self, device: torch.device) -> str:
-        """The settings in force on this device, in words."""
+        """Return the settings in force on this device, in words."""
         backend = self.backend if isinstance(self.backend, str) else getattr(self.backend, "__name__", "custom backend")
-        said = [f"mode={self.mode}"] if self.mode else []
-        said += [f"{key}={value}" for key, value in (self.options_for(device) or {}).items()]
-        said += [name for name in ("dynamic", "regional") if getattr(self, name)]
-        return f"torch.compile ({', '.join([str(backend), *said])})"
+        settings = [f"mode={self.mode}"] if self.mode else []
+        settings += [f"{key}={value}" for key, value in (self.options_for(device) or {}).items()]
+        settings += [name for name in ("dynamic", "regional") if getattr(self, name)]
+        return f"torch.compile ({', '.join([str(backend), *settings])})"

@@ -1,4 +1,4 @@
-"""Sites and roles: which modules of a denoiser may be cached, and what each of them does in a phase.
+"""Sites: which modules of a denoiser may be cached, and what each of them does in a phase.
 
 A site keeps its module where it is; only the instance's ``forward`` is replaced by one that looks at the site's role.
 The laws of the roles: with every role LIVE the denoiser computes bit for bit what it computed before; a site that is
@@ -8,44 +8,20 @@ REUSE returns the very tensor it is given and computes nothing.
 from __future__ import annotations
 
 import copy
-import enum
 import inspect
 import re
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map_only
 
+from .deepcache import DeepBranch
 from .errors import StateError, UnsupportedError
-from .forms import on_meta
-from .slots import ForwardSlot, Replacement
-
-if TYPE_CHECKING:
-    from .deepcache import DeepBranch
-    from .regional import Region
-
-
-class Role(enum.Enum):
-    """What a site does in a phase."""
-
-    LIVE = "live"  # compute
-    CAPTURE = "capture"  # compute, and hand the value out
-    REUSE = "reuse"  # return the cached value; compute nothing
-    SKIP = "skip"  # compute nothing: the value is not used
-
-
-class Roles(NamedTuple):
-    """A role for every kind of site. Where one thing is held for each kind, it is in this order."""
-
-    cross_attention: Role = Role.LIVE
-    self_attention: Role = Role.LIVE
-    deep_branch: Role = Role.LIVE
-
-
-KINDS = ("cross-attention", "self-attention", "deep branch")
-_CROSS, _SELF, _DEEP = range(len(KINDS))
+from .forward_patch import ForwardPatch
+from .inputs import map_tensors, on_meta
+from .roles import Kind, Role, Roles
 
 
 class SiteInfo(NamedTuple):
@@ -55,14 +31,25 @@ class SiteInfo(NamedTuple):
     kind: str
 
 
-# Names under which diffusers' models keep the attention that reads the prompt ...
+class SiteList(tuple[SiteInfo, ...]):
+    """Sites; `print` them for a list, a line each."""
+
+    def __str__(self) -> str:
+        counts = Counter(site.kind for site in self)
+        lines = [", ".join(f"{count} × {kind}" for kind, count in counts.items()) or "no sites"]
+        width = max((len(site.name) for site in self), default=0)
+        lines += [f"  {site.name:<{width}}  {site.kind}" for site in self]
+        return "\n".join(lines)
+
+
+# diffusers' models keep the attention that reads the prompt under these names.
 _CROSS_NAME = re.compile(r"(?:^|\.)(?:attn2|audio_attn2|cross_attn|cross_attention)$")
-# ... and the names of attention over frames, faces or resampled tokens that are built from the same classes.
+# Attention over frames, faces or resampled tokens is built from the same classes, within modules of these names.
 _NOT_ON_TEXT = re.compile(r"(?:^|\.)(?:motion_modules|temp_attentions|transformer_in|perceiver|face_adapter)(?:\.|$)")
 
 
-def find_sites(denoiser: nn.Module) -> list[tuple[str, int, nn.Module]]:
-    """The attention modules of ``denoiser``, as (name, index into `KINDS`, module) in module order.
+def find_sites(denoiser: nn.Module) -> list[tuple[str, Kind, nn.Module]]:
+    """Return the attention modules of ``denoiser``, as (name, kind, module) in module order.
 
     A module is a cross-attention if it is named as one, or is the first attention of a block without self-attention
     (diffusers' ``only_cross_attention``), and does not say of itself that it is a self-attention. The first attention
@@ -71,17 +58,17 @@ def find_sites(denoiser: nn.Module) -> list[tuple[str, int, nn.Module]]:
     Raises:
         UnsupportedError: there is no cross-attention.
     """
-    found: list[tuple[str, int, nn.Module]] = []
+    found: list[tuple[str, Kind, nn.Module]] = []
     for name, module in denoiser.named_modules():
         says_cross = getattr(module, "is_cross_attention", None)
         first = name.endswith(".attn1")
         if _NOT_ON_TEXT.search(name):
             continue
         if (_CROSS_NAME.search(name) and says_cross is not False) or (first and says_cross is True):
-            found.append((name, _CROSS, module))
+            found.append((name, Kind.CROSS_ATTENTION, module))
         elif first:
-            found.append((name, _SELF, module))
-    if not any(kind == _CROSS for _, kind, _ in found):
+            found.append((name, Kind.SELF_ATTENTION, module))
+    if not any(kind is Kind.CROSS_ATTENTION for _, kind, _ in found):
         raise UnsupportedError(
             f"{type(denoiser).__name__} has no cross-attention that could be cached: expected modules named attn2, "
             "cross_attn or cross_attention that read the text apart from the image. Models with joint attention "
@@ -103,35 +90,21 @@ class RoleTable:
         self.values: list[Any] = []
 
     def role(self, index: int) -> Role:
-        """What the site with this index does now."""
+        """Return the role that the site with this index has now."""
         # A phase may be older than a site that another pipeline has added for its deep branch.
         return Role.LIVE if self.roles is None or index >= len(self.roles) else self.roles[index]
 
 
-class Part(Replacement):
-    """What stands in the forward slot of one module of a denoiser that has sites.
-
-    Attributes:
-        inner: the module's own forward.
-    """
+class Part(ForwardPatch):
+    """What stands in place of the ``forward`` of one module of a denoiser that has sites."""
 
     def __init__(self, sites: Sites, module: nn.Module) -> None:
+        super().__init__(module)
         self._sites = sites
-        self._slot = ForwardSlot(module, self)
-        self.inner = self._slot.inner
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         # In a module that is copied without its denoiser, what is kept is its own forward.
-        return super().__deepcopy__(memo) if self._sites.within(memo) else copy.deepcopy(self.inner, memo)
-
-    @property
-    def is_outermost(self) -> bool:
-        """Whether a call of the module comes here first, and not to some other forward put on top."""
-        return self._slot.is_outermost
-
-    def remove(self) -> None:
-        """Give the module its own ``forward`` back."""
-        self._slot.remove()
+        return super().__deepcopy__(memo) if self._sites.within(memo) else copy.deepcopy(self.original_forward, memo)
 
 
 class Site(Part):
@@ -139,19 +112,23 @@ class Site(Part):
 
     Attributes:
         name: the module's name within the denoiser.
-        kind: index into `KINDS`.
+        kind: what it is.
         branch: for a site of the deep branch, that branch's number.
-        place: which of its block's sites it is, where blocks are compiled one by one.
     """
 
-    def __init__(self, sites: Sites, name: str, kind: int, module: nn.Module, branch: int | None = None) -> None:
+    def __init__(self, sites: Sites, name: str, kind: Kind, module: nn.Module, branch: int | None = None) -> None:
         self.__signature__ = inspect.signature(module.forward)
         super().__init__(sites, module)
         self._index = len(sites.sites)
-        self.place: int | None = None
+        self._index_in_block: int | None = None
         self.name = name
         self.kind = kind
         self.branch = branch
+
+    @property
+    def info(self) -> SiteInfo:
+        """The site as people see it."""
+        return SiteInfo(self.name, self.kind.title)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module, in place of its ``forward``, as its role says."""
@@ -160,19 +137,23 @@ class Site(Part):
         if role is Role.REUSE:
             return self._cached(table.values[index])
         if role is Role.LIVE:
-            return self.inner(*args, **kwargs)
-        if self.kind == _CROSS:
+            return self.original_forward(*args, **kwargs)
+        if self.kind is Kind.CROSS_ATTENTION:
             self._check_text(args, kwargs)
-        return self._capture(self.inner(*args, **kwargs), table, index)
+        return self._capture(self.original_forward(*args, **kwargs), table, index)
+
+    def join_block(self, index: int) -> None:
+        """Take the role of the site with this index of a block, whenever `Sites.block` has roles."""
+        self._index_in_block = index
 
     def _now(self) -> tuple[RoleTable, int]:
-        """Where its role and its value are now, and under which index."""
-        if self.place is not None and self._sites.block.roles is not None:
-            return self._sites.block, self.place
+        """Return where its role and its value are now, and under which index."""
+        if self._index_in_block is not None and self._sites.block.roles is not None:
+            return self._sites.block, self._index_in_block
         return self._sites, self._index
 
     def _cached(self, value: Any) -> Any:
-        return value.clone() if self.kind == _DEEP else value
+        return value.clone() if self.kind is Kind.DEEP_BRANCH else value
 
     def _capture(self, output: Any, table: RoleTable, index: int) -> Any:
         if not isinstance(output, torch.Tensor):
@@ -184,7 +165,7 @@ class Site(Part):
                 f"{self.name} ran more than once in one call of the denoiser: expected once. Turn off what repeats it."
             )
         # FreeU writes in place into what leaves the deep branch, so that the UNet gets a tensor of its own.
-        table.values[index] = output.clone() if self.kind == _DEEP else output
+        table.values[index] = output.clone() if self.kind is Kind.DEEP_BRANCH else output
         return output
 
     def _check_text(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -206,7 +187,7 @@ class TupleSite(Site):
         role = table.role(index)
         if role is Role.REUSE:
             return (self._cached(table.values[index]),)
-        output = self.inner(*args, **kwargs)
+        output = self.original_forward(*args, **kwargs)
         if role is Role.CAPTURE:
             self._capture(output[0], table, index)
         return output
@@ -221,21 +202,19 @@ class SkippedSite(Site):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._forms: dict[torch.Size, Any] = {}  # the form of the output, as meta tensors, by the shape of the input
+        self._outputs: dict[torch.Size, Any] = {}  # as meta tensors, by the shape of the input
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module, in place of its ``forward``, as its role says."""
         role = self._sites.role(self._index)
         if self._sites.roles is None or torch.compiler.is_compiling():
-            return self.inner(*args, **kwargs)
+            return self.original_forward(*args, **kwargs)
         given = args[0] if args else kwargs["hidden_states"]
-        # The full step may have run in a compiled graph, and this one not: then there is no form to go by.
-        if role is Role.SKIP and given.shape in self._forms:
-            return tree_map_only(
-                torch.Tensor, lambda form: torch.empty_like(form, device=given.device), self._forms[given.shape]
-            )
-        output = self.inner(*args, **kwargs)
-        self._forms[given.shape] = on_meta(output)
+        # The full step may have run in a compiled graph, and this one not: then no output was seen.
+        if role is Role.SKIP and given.shape in self._outputs:
+            return map_tensors(lambda meta: torch.empty_like(meta, device=given.device), self._outputs[given.shape])
+        output = self.original_forward(*args, **kwargs)
+        self._outputs[given.shape] = on_meta(output)
         return output
 
 
@@ -243,43 +222,50 @@ class Sites(RoleTable):
     """The sites of one denoiser and, while a phase runs, what each of them does; outside a phase every one is LIVE.
 
     Attributes:
-        sites: every site, in the order in which they were put on their modules.
+        sites: every site, in the order in which they were attached.
+        parts: all that stands in place of a module's forward: the sites, and the blocks that hold them if these are
+            compiled one by one.
         block: what the sites of the block that is being run do, where blocks are compiled one by one.
-        regions: the blocks that can be compiled one by one, once `tgate_fx.regional` has found them.
-        run_region: what runs these now, in place of their own forward; None at all other times.
-        removed: whether they were taken off again.
+        detached: whether they were taken off again.
     """
 
     def __init__(self, denoiser: nn.Module) -> None:
         super().__init__()
         self._denoiser = denoiser
         self.block = RoleTable()
-        self.regions: list[Region] = []
-        self.run_region: Callable[[Region, tuple[Any, ...], dict[str, Any]], Any] | None = None
         self.sites: list[Site] = []
-        self.removed = False
+        self.parts: list[Part] = []
+        self.detached = False
         for name, kind, module in find_sites(denoiser):
-            self.sites.append(Site(self, name, kind, module))
+            self._attach_site(Site(self, name, kind, module))
 
     def within(self, memo: dict[int, Any]) -> bool:
-        """Whether the denoiser itself is being copied by the ``copy.deepcopy`` that has this memo."""
+        """Return whether the denoiser itself is being copied by the ``copy.deepcopy`` that has this memo."""
         return id(self._denoiser) in memo
 
-    def add_deep_branch(self, number: int, branch: DeepBranch) -> None:
+    def attach(self, part: Part) -> None:
+        """Put a part on its module, until `detach`."""
+        part.attach()
+        self.parts.append(part)
+
+    def _attach_site(self, site: Site) -> None:
+        self.attach(site)
+        self.sites.append(site)
+
+    def attach_deep_branch(self, number: int, branch: DeepBranch) -> None:
         """Put sites on the modules of a deep branch, unless they are there already."""
         if any(site.branch == number for site in self.sites):
             return
-        cls = TupleSite if branch.in_tuple else Site
-        self.sites.append(cls(self, branch.exit, _DEEP, self._denoiser.get_submodule(branch.exit), number))
-        for name in branch.skipped:
-            self.sites.append(SkippedSite(self, name, _DEEP, self._denoiser.get_submodule(name), number))
+        classes = {branch.exit: TupleSite if branch.in_tuple else Site, **dict.fromkeys(branch.skipped, SkippedSite)}
+        for name, cls in classes.items():
+            self._attach_site(cls(self, name, Kind.DEEP_BRANCH, self._denoiser.get_submodule(name), number))
 
     def assign(self, roles: Roles, branch: int | None) -> tuple[Role, ...]:
-        """A role for each site: that of its kind, and LIVE in every deep branch but this one."""
+        """Return a role for each site: that of its kind, and LIVE in every deep branch but this one."""
         return tuple(self._assigned(site, roles, branch) for site in self.sites)
 
     def _assigned(self, site: Site, roles: Roles, branch: int | None) -> Role:
-        if site.kind != _DEEP:
+        if site.kind is not Kind.DEEP_BRANCH:
             return roles[site.kind]
         if site.branch != branch:
             return Role.LIVE
@@ -287,11 +273,16 @@ class Sites(RoleTable):
             return Role.SKIP if roles.deep_branch is Role.REUSE else Role.LIVE
         return roles.deep_branch
 
-    def of_kind(self, kind: int) -> list[Site]:
-        """The sites of one kind that can be cached, in order."""
-        return [site for site in self.sites if site.kind == kind and not isinstance(site, SkippedSite)]
+    def of_kind(self, kind: Kind) -> list[Site]:
+        """Return the sites of one kind that can be cached, in order."""
+        return [site for site in self.sites if site.kind is kind and not isinstance(site, SkippedSite)]
 
-    def check_captured(self, kind: int, branch: int | None, captured: Sequence[Any]) -> None:
+    def with_role(self, wanted: Role, roles: Roles, branch: int | None) -> tuple[SiteInfo, ...]:
+        """Return the sites that have one role, when the kinds have these."""
+        assigned = zip(self.sites, self.assign(roles, branch), strict=True)
+        return tuple(site.info for site, role in assigned if role is wanted)
+
+    def check_captured(self, kind: Kind, branch: int | None, captured: Sequence[Any]) -> None:
         """Raise `StateError` if a site of this kind did not run while its denoiser did."""
         sites = [site for site in self.of_kind(kind) if site.branch in (None, branch)]
         for site, value in zip(sites, captured, strict=True):
@@ -302,10 +293,8 @@ class Sites(RoleTable):
                     "it again."
                 )
 
-    def remove(self) -> None:
-        """Take every site off its module, the last one put on first."""
-        for region in self.regions:
-            region.remove()
-        for site in reversed(self.sites):
-            site.remove()
-        self.removed = True
+    def detach(self) -> None:
+        """Take every part off its module, the last one put on first."""
+        for part in reversed(self.parts):
+            part.detach()
+        self.detached = True

@@ -9,15 +9,17 @@ from typing import Any
 import torch
 
 from .errors import ArgumentError, StateError
-from .sites import KINDS, Role, Roles, RoleTable, Sites
+from .roles import Kind, Role, Roles
+from .sites import RoleTable, Sites
 
 Cache = tuple[Sequence[torch.Tensor], ...]  # for each kind of site, a tensor for each site; () for a kind not reused
+EMPTY_CACHE: Cache = ((),) * len(Kind)
 PhaseResult = tuple[Any, Cache]
 PhaseFunction = Callable[[Cache, Sequence[Any], dict[str, Any]], PhaseResult]
 
 
 def phase_function(sites: Sites, forward: Callable[..., Any], roles: Roles, branch: int | None = None) -> PhaseFunction:
-    """The pure function ``(cache, args, kwargs) -> (output, captured)`` of one phase.
+    """Return the pure function ``(cache, args, kwargs) -> (output, captured)`` of one phase.
 
     Args:
         sites: the sites of the denoiser.
@@ -30,11 +32,11 @@ def phase_function(sites: Sites, forward: Callable[..., Any], roles: Roles, bran
         ``captured`` holds the same for each kind that is CAPTURE, in site order. It sets the roles inside itself, so
         that torch.compile sees them as constants: no guard, one graph for each phase.
     """
-    kinds = [[index for index, site in enumerate(sites.sites) if site.kind == kind] for kind in range(len(KINDS))]
+    kinds = [[index for index, site in enumerate(sites.sites) if site.kind is kind] for kind in Kind]
     in_roles = run_in_roles(sites, sites.assign(roles, branch), kinds)
 
     def run(cache: Cache, args: Sequence[Any], kwargs: dict[str, Any]) -> PhaseResult:
-        if sites.removed:
+        if sites.detached:
             raise StateError(
                 "This phase was called after its sites were taken off the denoiser by tgate_fx.restore: expected them "
                 "on it. Call tgate_fx.split again."
@@ -47,7 +49,7 @@ def phase_function(sites: Sites, forward: Callable[..., Any], roles: Roles, bran
 def run_in_roles(
     table: RoleTable, roles: tuple[Role, ...], groups: Sequence[Sequence[int]]
 ) -> Callable[[Callable[..., Any], Cache, Sequence[Any], dict[str, Any]], PhaseResult]:
-    """The function ``(forward, cache, args, kwargs) -> (output, captured)`` that runs a forward with these roles.
+    """Return ``(forward, cache, args, kwargs) -> (output, captured)``: it runs a forward with these roles.
 
     Args:
         table: where its sites look for their roles.
@@ -64,8 +66,8 @@ def run_in_roles(
 
     def run(forward: Callable[..., Any], cache: Cache, args: Sequence[Any], kwargs: dict[str, Any]) -> PhaseResult:
         values: list[Any] = [None] * len(roles)
-        for held, indices in zip(cache, reused, strict=True):
-            for value, index in zip(held, indices, strict=True):
+        for tensors, indices in zip(cache, reused, strict=True):
+            for value, index in zip(tensors, indices, strict=True):
                 values[index] = value
         table.roles, table.values = roles, values
         try:
@@ -80,7 +82,7 @@ def run_in_roles(
 def split(
     sites: Sites, forward: Callable[..., Any], lock: AbstractContextManager[Any]
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The pre-gate and post-gate functions of `tgate_fx.split`; ``lock`` is held while one runs eagerly."""
+    """Return the pre-gate and post-gate functions of `tgate_fx.split`; ``lock`` is held while one runs eagerly."""
 
     def locked(function: PhaseFunction) -> PhaseFunction:
         def run(cache: Cache, args: Sequence[Any], kwargs: dict[str, Any]) -> PhaseResult:
@@ -93,10 +95,10 @@ def split(
 
     run_pre = locked(phase_function(sites, forward, Roles(Role.CAPTURE)))
     run_post = locked(phase_function(sites, forward, Roles(Role.REUSE)))
-    count = len(sites.of_kind(0))
+    count = len(sites.of_kind(Kind.CROSS_ATTENTION))
 
     def pre(*args: Any, **kwargs: Any) -> tuple[Any, Sequence[torch.Tensor]]:
-        output, captured = run_pre(((), (), ()), args, kwargs)
+        output, captured = run_pre(EMPTY_CACHE, args, kwargs)
         return output, captured[0]
 
     def post(cache: Sequence[torch.Tensor], *args: Any, **kwargs: Any) -> Any:
@@ -105,6 +107,6 @@ def split(
                 f"The cache holds {len(cache)} tensors: expected the {count} that pre(...) returned. Hand over all of "
                 "it."
             )
-        return run_post((cache, (), ()), args, kwargs)[0]
+        return run_post((cache, *EMPTY_CACHE[1:]), args, kwargs)[0]
 
     return pre, post

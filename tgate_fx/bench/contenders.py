@@ -11,8 +11,9 @@ import torch
 
 import tgate_fx
 
-from ..families import find_denoiser
-from ..pruning import PrunedBackend
+from .. import private
+from ..backend import PrunedBackend
+from ..network import find_denoiser
 from ..schedule import Schedule
 from ..settings import CompileSettings
 from .workload import Workload
@@ -58,7 +59,7 @@ class Contender:
     exact: bool = False
 
     def schedule_at(self, gate: int | None) -> Schedule | None:
-        """The schedule of a run with this gate."""
+        """Return the schedule of a run with this gate."""
         return (
             replace(self.schedule, gate_step=gate) if self.schedule is not None and self.takes_gate else self.schedule
         )
@@ -76,10 +77,11 @@ def _diffusers(**settings: Any) -> Prepare:
 
 
 def _compile_denoiser(pipe: Any, *, freezing: bool = False, **settings: Any) -> None:
-    # Not by torch.compile's options: Dynamo looks at inductor's own setting, and would leave the weights as inputs.
-    torch._inductor.config.freezing = freezing
-    torch._dynamo.config.fail_on_recompile_limit_hit = True  # else the rest would silently run eagerly
-    name, denoiser = find_denoiser(pipe)
+    # For as long as the process lives, which runs nothing else.
+    if freezing:
+        private.frozen_parameters().__enter__()
+    private.fail_at_recompile_limit().__enter__()  # else the rest would silently run eagerly
+    name, denoiser, _ = find_denoiser(pipe)
     setattr(pipe, name, torch.compile(denoiser, **settings))
 
 
@@ -129,7 +131,7 @@ def _tgate(*, compiled: bool = False, deepcache: bool = False, intervals: Mappin
 
 
 def _deepcache(pipe: Any, workload: Workload) -> Generate:
-    """The `DeepCache` package."""
+    """Return the `DeepCache` package."""
     helper = importlib.import_module("DeepCache").DeepCacheSDHelper(pipe=pipe)
     helper.set_params(cache_interval=DEEPCACHE.interval, cache_branch_id=DEEPCACHE.branch)
     helper.enable()
@@ -252,6 +254,6 @@ LADDER: dict[str, str | None] = {
 
 
 def applicable(names: tuple[str, ...], arch: str) -> tuple[str, ...]:
-    """Those of the contenders that there are for a model."""
+    """Return those of the contenders that there are for a model."""
     without = ("cutoff", "deepcache") if arch.startswith("pixart") else ()
     return tuple(name for name in names if not any(part in name for part in without))

@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 
-from ..fingerprint import cpuinfo
+from .. import private
+from ..cpu import cpuinfo
 
 _PACKAGES = ("torch", "diffusers", "transformers", "tgate_fx", "tgate", "DeepCache", "openvino")
 
 
 def machine() -> dict[str, Any]:
-    """The processor, its threads, and the versions of what is measured."""
+    """Return the processor, its threads, and the versions of what is measured."""
     return {
         "cpu": processor(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -36,7 +37,7 @@ def machine() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """What the processor calls itself, with its family and model: a virtual machine may hide the rest."""
+    """Return the processor's name, family and model; a virtual machine may hide the rest."""
     name = cpuinfo("model name") or platform.processor() or platform.machine()
     family, model = cpuinfo("cpu family"), cpuinfo("model\t")
     return f"{name} (family {family}, model {model})" if family and model else name
@@ -50,12 +51,12 @@ def _version(package: str) -> str | None:
 
 
 def memory_gib() -> float:
-    """All of this machine's memory."""
+    """Return all of this machine's memory."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
 
 
 def peak_gib() -> float:
-    """The most memory that this process had at once, ever or since `forget_peak`."""
+    """Return the most memory that this process had at once, ever or since `forget_peak`."""
     status = Path("/proc/self/status")
     if status.exists():  # what getrusage says begins with the most that the process had which started this one
         return int(re.findall(r"VmHWM:\s*(\d+) kB", status.read_text())[0]) / 2**20
@@ -70,14 +71,14 @@ def forget_peak() -> None:
 
 
 def gemm_gflops(dtype: torch.dtype, side: int = 2048, rounds: int = 7) -> float:
-    """How many GFLOP/s a product of two square matrices reaches: the median of a few, by the library that is faster.
+    """Return the GFLOP/s of a product of two square matrices: the median of a few, by the library that is faster.
 
     ``torch.mm`` takes MKL for float32; oneDNN, which compiled linear layers may take, is often faster.
     """
     left, right = torch.randn(side, side).to(dtype), torch.randn(side, side).to(dtype)
     products: list[Callable[[], torch.Tensor]] = [lambda: torch.mm(left, right)]
     if torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        products.append(lambda: torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], ""))
+        products.append(lambda: private.onednn_product(left, right))
     return max(2 * side**3 / _median_seconds(product, rounds) / 1e9 for product in products)
 
 

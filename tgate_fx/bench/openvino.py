@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ..inputs import map_tensors
 from ..openvino import compile_function
 
 
@@ -19,10 +19,10 @@ def convert(denoiser: nn.Module, dtype: torch.dtype) -> None:
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         nonlocal compiled
-        leaves, spec = tree_flatten((args, kwargs))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        tensors: list[torch.Tensor] = []
+        map_tensors(tensors.append, (args, kwargs))
         if compiled is None:
-            compiled = compile_function(_OfTensors(plain, leaves, spec), tensors, dtype, {})
+            compiled = compile_function(_OfTensors(plain, args, kwargs), tensors, dtype, {})
         return compiled(*tensors)
 
     denoiser.forward = forward
@@ -31,15 +31,13 @@ def convert(denoiser: nn.Module, dtype: torch.dtype) -> None:
 class _OfTensors(nn.Module):
     """A denoiser as a function of the tensors among its arguments; all else stays as it was."""
 
-    def __init__(self, forward: Any, leaves: list[Any], spec: Any) -> None:
+    def __init__(self, forward: Any, args: Any, kwargs: Any) -> None:
         super().__init__()
         self._denoiser_forward = forward
-        self._leaves = leaves
-        self._spec = spec
+        self._arguments = args, kwargs
 
     def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
         given = iter(tensors)
-        leaves = [next(given) if isinstance(leaf, torch.Tensor) else leaf for leaf in self._leaves]
-        args, kwargs = tree_unflatten(leaves, self._spec)
+        args, kwargs = map_tensors(lambda _: next(given), self._arguments)
         output: torch.Tensor = self._denoiser_forward(*args, **kwargs)[0]
         return output

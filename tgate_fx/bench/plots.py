@@ -155,7 +155,7 @@ def _number(axes: Any, points: Sequence[tuple[float, float]]) -> None:
 
 
 def _frontier(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows that none other beats in both seconds and memory, the fastest first."""
+    """Return the rows that none other beats in both seconds and memory, the fastest first."""
     best: list[dict[str, Any]] = []
     for row in sorted(rows, key=lambda row: (row["median"], row["peak_gib"])):
         if not best or row["peak_gib"] < best[-1]["peak_gib"]:

@@ -109,7 +109,7 @@ def groups(names: Sequence[str], weights_gib: float, budget_gib: float) -> list[
 
 
 def _are_compared(name: str, other: str) -> bool:
-    """Whether one is the ungated run or the reference of the other."""
+    """Return whether one is the ungated run or the reference of the other."""
     pairs = ((name, other), (other, name))
     return any(one in (CONTENDERS[two].ungated, CONTENDERS[two].reference) for one, two in pairs)
 

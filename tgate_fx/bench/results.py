@@ -17,7 +17,7 @@ from .workload import Workload
 
 
 def results(race: Race, workload: Workload, rounds: int) -> dict[str, Any]:
-    """All of a race, as JSON has it.
+    """Return all of a race, as JSON has it.
 
     Returns:
         ``machine``; ``workload``; ``gemm_gflops``, the median of what a 2048-square matrix product reached in every
@@ -93,7 +93,7 @@ def _row(
 def _by_phase(
     contender: Contender, gate: int | None, timings: Sequence[Timing], workload: Workload, gemm: float
 ) -> dict[str, dict[str, float]]:
-    """What steps take, by phase.
+    """Return the seconds and rates of steps, by phase.
 
     Returns:
         ``step_seconds``, the mean of a phase's steps, the median over images, without the first step of an image, which
@@ -125,7 +125,7 @@ def _generation(contender: Contender, gate: int | None, workload: Workload) -> G
 
 
 def _compare_with_ungated(row: dict[str, Any], rows: Sequence[dict[str, Any]], workload: Workload) -> None:
-    """Add ``gain``, over the contender with the same compile settings and nothing cached, and what is possible.
+    """Add ``speed_up_over_ungated`` (the contender with the same compile settings and nothing cached) and its limit.
 
     ``same_group`` says whether the two took turns; if not, they are compared by what each is to the eager pipeline of
     its own group. ``limit`` is the multiply-adds of that one over this row's, and ``share_of_limit`` how much of it is
@@ -138,12 +138,12 @@ def _compare_with_ungated(row: dict[str, Any], rows: Sequence[dict[str, Any]], w
         return
     ungated = next((other for other in candidates if other["group"] == row["group"]), candidates[0])
     row["same_group"] = ungated["group"] == row["group"]
-    row["gain"] = row["speed_up"] / ungated["speed_up"]
+    row["speed_up_over_ungated"] = row["speed_up"] / ungated["speed_up"]
     row["memory_over_ungated"] = row["running_gib"] / ungated["running_gib"] - 1
     generation = _generation(contender, row["gate"], workload)
     if generation is not None:
         row["limit"] = image_cost(generation.plain).total / image_cost(generation).total
-        row["share_of_limit"] = row["gain"] / row["limit"]
+        row["share_of_limit"] = row["speed_up_over_ungated"] / row["limit"]
         caches_more = generation.schedule.deep_interval is not None or generation.schedule.caches_self_attention
         if not caches_more and "pre-gate" in row["step_seconds"]:
             eager = ungated["median"] * ungated["speed_up"] / (row["median"] * row["speed_up"])

@@ -17,7 +17,7 @@ def show(results: dict[str, Any]) -> None:
     table = _table(
         f"{workload['model']}, latents {workload['latents'][1]}×{workload['latents'][2]}, "
         f"{workload['steps']} steps, {workload['dtype']}",
-        ("", "gate", "image", "gain", "pre", "post", "limit", "compile", "GiB"),
+        ("", "gate", "image", "speed-up", "pre", "post", "limit", "compile", "GiB"),
         "seconds of an image, and how much faster than diffusers that is; seconds of a step before and after the gate; "
         "the share reached of what the multiply-adds left out allow; seconds to compile; most memory at once",
     )
@@ -41,7 +41,7 @@ def show(results: dict[str, Any]) -> None:
 
 
 def _table(title: str, headings: tuple[str, ...], caption: str = "") -> Table:
-    """A table that fits into 80 columns: the first column is text, the others are numbers."""
+    """Return a table that fits into 80 columns: the first column is text, the others are numbers."""
     table = Table(
         title=title,
         caption=caption,
@@ -57,13 +57,13 @@ def _table(title: str, headings: tuple[str, ...], caption: str = "") -> Table:
 
 
 def show_ladder(results: dict[str, Any]) -> None:
-    """Print, for each gate, what every rung of the ladder gains over the one that it adds something to."""
+    """Print, for each gate, how much faster every rung of the ladder is than the one that it adds something to."""
     for gate in sorted({row["gate"] for row in results["rows"]} - {None}, reverse=True):
         rows = {row["contender"]: row for row in results["rows"] if row["gate"] in (gate, None)}
-        table = _table(f"Where the gain comes from: gate {gate}", ("", "image", "gain", "over", "in all"))
+        table = _table(f"Where the speed-up comes from: gate {gate}", ("", "image", "speed-up", "over", "in all"))
         for name, below in LADDER.items():
             if name in rows:
                 speed_up = rows[name]["speed_up"]
-                gain = ("", "") if below not in rows else (f"{speed_up / rows[below]['speed_up']:.2f}x", below)
-                table.add_row(name, f"{rows[name]['median']:.2f}", *gain, f"{speed_up:.2f}x")
+                over = ("", "") if below not in rows else (f"{speed_up / rows[below]['speed_up']:.2f}x", below)
+                table.add_row(name, f"{rows[name]['median']:.2f}", *over, f"{speed_up:.2f}x")
         Console().print(table)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .. import private
 from .contenders import CONTENDERS, Generate
 from .machine import forget_peak, peak_gib
 from .workload import Workload
@@ -124,6 +125,5 @@ def _timed(generate: Generate, steps: int, gate: int, stamps: _Stamps) -> tuple[
 
 
 def _finished() -> Finished:
-    counters = torch._dynamo.utils.counters
-    breaks = sum(counters["graph_break"].values())
-    return Finished(peak_gib(), counters["stats"]["unique_graphs"], breaks)
+    graphs, breaks = private.graphs_and_breaks()
+    return Finished(peak_gib(), graphs, breaks)

@@ -18,7 +18,7 @@ _BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_lin
 
 
 def _made(name: str, **parts: Any) -> Any:
-    """An object of one of diffusers' classes, which takes time to import and has no types."""
+    """Return an object of one of diffusers' classes, which takes time to import and has no types."""
     return getattr(importlib.import_module("diffusers"), name)(**parts)
 
 
@@ -100,7 +100,7 @@ class Workload:
         return path.stat().st_size / 2**30
 
     def pipeline(self, denoiser: Path) -> Any:
-        """The pipeline around a denoiser that `save_denoiser` wrote, ready to be called with `inputs`."""
+        """Return the pipeline around a denoiser that `save_denoiser` wrote, ready to be called with `inputs`."""
         # The file is this run's own. Mapped, its weights are in memory once for all processes.
         pipe = PIPELINES[self.arch](torch.load(denoiser, mmap=True, weights_only=False))
         pipe.set_progress_bar_config(disable=True)
@@ -108,7 +108,7 @@ class Workload:
 
     @functools.cached_property
     def inputs(self) -> dict[str, Any]:
-        """What the pipeline is called with: embedded prompts and the image's size."""
+        """Return the arguments of the pipeline's call: embedded prompts and the image's size."""
         architecture = ARCHITECTURES[self.arch]
         noise = torch.Generator().manual_seed(1)
 
@@ -128,7 +128,7 @@ class Workload:
     def latents(
         self, call: Callable[..., Any], steps: int, *, seed: int = 0, device: str = "cpu", **more: Any
     ) -> torch.Tensor:
-        """The latents that a call of a pipeline ends with, given `inputs` and ``more``."""
+        """Return the latents that a call of a pipeline ends with, given `inputs` and ``more``."""
         inputs = {
             name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in self.inputs.items()
         }

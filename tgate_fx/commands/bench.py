@@ -38,7 +38,7 @@ _PACKAGES = {"tgate": "tgate", "deepcache": "DeepCache", "openvino": "openvino"}
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
 @click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Images of each row.")
 @click.option("--only", "only", multiple=True, help="One contender; repeat it for more. All of them if left out.")
-@click.option("--ladder", is_flag=True, help="Only what shows where the gain comes from, one step after the other.")
+@click.option("--ladder", is_flag=True, help="Only what shows where the speed-up comes from, one step after the other.")
 @click.option("--json", "json_out", type=OutFile(), help="Write everything that was measured to this file.")
 @click.option("--plot", "plot_out", type=OutFile(), help="Draw the results into this PNG.")
 def bench(

@@ -17,7 +17,7 @@ class GateStep(click.ParamType):  # type: ignore[type-arg]
     name = "step"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | float | None:
-        """The value of ``gate_step`` that the text says."""
+        """Return the value of ``gate_step`` that the text says."""
         if value == "none":
             return None
         try:
@@ -38,7 +38,7 @@ class OutFile(click.Path):
         super().__init__(path_type=Path, dir_okay=False, writable=True)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The path."""
+        """Return the path."""
         path = Path(str(super().convert(value, param, ctx)))
         folder = path.absolute().parent
         if not folder.is_dir():

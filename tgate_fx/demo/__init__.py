@@ -12,7 +12,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 
 def load() -> StableDiffusionPipeline:
-    """A Stable Diffusion pipeline that draws one to three simple objects: 64×64 pixels, float32, on the CPU.
+    """Return a Stable Diffusion pipeline that draws one to three simple objects: 64×64 pixels, float32, on the CPU.
 
     It knows the words of `tgate_fx.demo.scenes` and no others: sizes, colours, shapes, where things are, and the
     background.

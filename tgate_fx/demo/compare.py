@@ -114,5 +114,5 @@ def _table(columns: Sequence[Column], reference: float) -> Table:
 
 
 def unknown_words(tokenizer: Any, prompt: str) -> list[str]:
-    """The words of a prompt that the tokenizer does not hold whole, and which the pipeline was never trained on."""
+    """Return the words of a prompt that are no tokens of their own: the pipeline was never trained on them."""
     return [word for word in prompt.split() if len(tokenizer.tokenize(word.strip(","))) > 1]

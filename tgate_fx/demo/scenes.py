@@ -82,7 +82,7 @@ class Scene:
 
 
 def random_scene(rng: random.Random) -> Scene:
-    """A scene drawn from all: one, two or three objects with equal chance."""
+    """Return a scene drawn from all: one, two or three objects with equal chance."""
     count = rng.randint(1, 3)
     layout = rng.choice([name for name in LAYOUTS if _OBJECTS.get(name, 1) == count])
     things = tuple(Thing(rng.choice(SIZES), rng.choice(COLOURS), rng.choice(SHAPES)) for _ in range(count))
@@ -90,7 +90,7 @@ def random_scene(rng: random.Random) -> Scene:
 
 
 def scenes(count: int, *, seed: int, held_out: bool) -> list[Scene]:
-    """The first ``count`` scenes of a seed, either those kept out of training or those trained on."""
+    """Return the first ``count`` scenes of a seed, either those kept out of training or those trained on."""
     rng = random.Random(seed)
     found: list[Scene] = []
     while len(found) < count:

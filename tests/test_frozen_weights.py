@@ -14,13 +14,14 @@ from torch import nn
 import tgate_fx
 from tests import tiny
 from tests.conftest import CountingBackend
-from tgate_fx.held import HeldWeights, checksum
+from tgate_fx.checksum import checksum
+from tgate_fx.frozen_weights import FrozenWeights
 from tgate_fx.settings import CompileSettings
 
 
-def held(module: nn.Module) -> HeldWeights:
-    weights = HeldWeights(module)
-    weights.hold([*module.parameters(), *module.buffers()])
+def held(module: nn.Module) -> FrozenWeights:
+    weights = FrozenWeights(module)
+    weights.add([*module.parameters(), *module.buffers()])
     assert not weights.changed()
     weights.begin()
     return weights
@@ -119,7 +120,7 @@ def test_every_way_to_change_a_weight_is_noticed(change: Callable[[nn.Linear], N
 
 def test_nothing_held_never_changes() -> None:
     layer = nn.Linear(3, 3)
-    weights = HeldWeights(layer)
+    weights = FrozenWeights(layer)
     layer.bias = None
     assert not weights.changed()
 
@@ -146,13 +147,13 @@ def test_a_glance_reads_only_the_beginning() -> None:
 def test_all_bits_are_read_once_a_generation(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether its steps are trusted or not."""
     glances: list[bool] = []
-    changed = HeldWeights.changed
+    changed = FrozenWeights.changed
 
-    def recorded(self: HeldWeights) -> bool:
+    def recorded(self: FrozenWeights) -> bool:
         glances.append(self._read)
         return changed(self)
 
-    monkeypatch.setattr(HeldWeights, "changed", recorded)
+    monkeypatch.setattr(FrozenWeights, "changed", recorded)
     pipe = tgate_fx.compile(tiny.make("sd-small"), gate_step=2, backend=CountingBackend())
     for extra, expected in (
         ({}, [False]),
@@ -166,8 +167,8 @@ def test_all_bits_are_read_once_a_generation(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_weight_that_is_gone_has_changed() -> None:
     layer = nn.Linear(3, 3)
-    weights = HeldWeights(layer)
-    weights.hold([torch.ones(3)])
+    weights = FrozenWeights(layer)
+    weights.add([torch.ones(3)])
     assert weights.changed()
 
 
@@ -217,10 +218,10 @@ UNREADABLE = {
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
 @pytest.mark.parametrize("kind", UNREADABLE)
 def test_a_weight_that_cannot_be_read_is_refused(kind: str) -> None:
-    weights = HeldWeights(nn.Linear(3, 3))
+    weights = FrozenWeights(nn.Linear(3, 3))
     weight = UNREADABLE[kind]()
     with pytest.raises(tgate_fx.UnsupportedError, match=r"A weight of type .*expected dense weights.*freezing"):
-        weights.hold([weight])
+        weights.add([weight])
     assert not weights.changed()
 
 
@@ -294,15 +295,15 @@ def test_weights_that_change_before_the_first_step_are_noticed(freezing: Any, mo
     eager = tgate_fx.gate(tiny.make("sd-small"), gate_step=2)
     kwargs = {**tiny.inputs("sd"), "num_inference_steps": 5}
     before = tiny.latents(pipe, **kwargs)
-    checked: list[HeldWeights] = []
+    checked: list[FrozenWeights] = []
 
-    def counted(held: HeldWeights) -> bool:
+    def counted(held: FrozenWeights) -> bool:
         checked.append(held)
         return changed(held)
 
-    changed = HeldWeights.changed
+    changed = FrozenWeights.changed
     with monkeypatch.context() as patch:
-        patch.setattr(HeldWeights, "changed", counted)
+        patch.setattr(FrozenWeights, "changed", counted)
         assert torch.equal(tiny.latents(pipe, **kwargs), before)
     assert len(checked) == 1
 

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 import torch
 from torch import nn
 
-import tgate_fx
-from tests.test_refusals import says
-from tgate_fx import constants
+from tgate_fx.artifact import weights_file
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -34,9 +31,9 @@ def tensors() -> dict[str, torch.Tensor]:
 def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
     expected = tensors()
     with (tmp_path / "file").open("wb") as file:
-        writer = constants.ConstantsWriter(file, ())
+        writer = weights_file.WeightsWriter(file, ())
         phases = [writer.write({name: (tensor, tensor)}) for name, tensor in expected.items()]
-    got = {name: tensor for phase in constants.mapped(tmp_path / "file", phases) for name, tensor in phase.items()}
+    got = {name: tensor for phase in weights_file.mapped(tmp_path / "file", phases) for name, tensor in phase.items()}
     assert list(got) == list(expected)
     for name, tensor in expected.items():
         assert (got[name].dtype, got[name].shape, got[name].layout) == (tensor.dtype, tensor.shape, tensor.layout)
@@ -52,25 +49,19 @@ def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
 def test_packed_weights_outlive_what_else_reads_the_file(tmp_path: Path) -> None:
     weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
     with (tmp_path / "file").open("wb") as file:
-        writer = constants.ConstantsWriter(file, ())
+        writer = weights_file.WeightsWriter(file, ())
         entries = writer.write({"packed": (weight.to_mkldnn(), weight.to_mkldnn())})
-    ((_, packed),) = constants.mapped(tmp_path / "file", [entries])[0].items()
+    ((_, packed),) = weights_file.mapped(tmp_path / "file", [entries])[0].items()
     assert torch.equal(packed.to_dense(), weight)
 
 
 def test_the_same_bytes_are_written_once(tmp_path: Path) -> None:
     weight, other = torch.ones(100), torch.zeros(100)
     with (tmp_path / "file").open("wb") as file:
-        writer = constants.ConstantsWriter(file, ())
+        writer = weights_file.WeightsWriter(file, ())
         first = writer.write({"a": (weight, weight), "b": (other, other)})
         second = writer.write({"c": (weight.clone(), weight.clone().view(10, 10))})
     assert (tmp_path / "file").stat().st_size < 3 * 400
-    assert first["a"]["place"] == second["c"]["place"]
-    ((c,),) = [list(phase.values()) for phase in constants.mapped(tmp_path / "file", [second])]
+    assert first["a"]["file_offset"] == second["c"]["file_offset"]
+    ((c,),) = [list(phase.values()) for phase in weights_file.mapped(tmp_path / "file", [second])]
     assert torch.equal(c, weight.view(10, 10))
-
-
-def test_another_inductor_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr("torch._inductor.codecache.TensorProperties")
-    with pytest.raises(tgate_fx.UnsupportedError, match=says("does not hand out compiled weights", "Use 2.13")):
-        constants.returned().__enter__()

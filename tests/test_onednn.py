@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import nn
 from torch._inductor.fx_passes import mkldnn_fusion
 from torch._inductor.utils import run_and_get_code
 
-from tgate_fx import linears
-from tgate_fx.compiler import Variant
+from tgate_fx import onednn
 from tgate_fx.settings import CompileSettings
+from tgate_fx.variant import Variant
 
 has_both = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
 pytestmark = pytest.mark.skipif(not has_both, reason="this torch has oneDNN or MKL, not both")
 
 
-@pytest.fixture(autouse=True)
-def _anew() -> Iterator[None]:
-    linears._packs_for_onednn.cache_clear()
-    yield
-    linears._packs_for_onednn.cache_clear()
-
-
 @pytest.mark.inductor
 @pytest.mark.parametrize(("vendor", "used"), [("AuthenticAMD", "mkldnn"), ("GenuineIntel", "mkl"), ("", "mkl")])
 def test_which_library_computes_linear_layers(monkeypatch: pytest.MonkeyPatch, vendor: str, used: str) -> None:
-    monkeypatch.setattr(linears, "cpuinfo", {"vendor_id": vendor}.get)
+    monkeypatch.setattr(onednn, "cpuinfo", {"vendor_id": vendor}.get)
     torch.manual_seed(0)
     layers = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 8, bias=False)).requires_grad_(False)
     inputs = torch.randn(4, 16)
@@ -47,16 +38,16 @@ def test_inductor_keeps_its_choice_where_it_is_written_otherwise(monkeypatch: py
         def pack_linear(self, graph: object, library: str) -> None:
             raise AssertionError
 
-    monkeypatch.setattr(linears, "cpuinfo", lambda _: "AuthenticAMD")
+    monkeypatch.setattr(onednn, "cpuinfo", lambda _: "AuthenticAMD")
     monkeypatch.setattr(mkldnn_fusion, "CpuMkldnnDeviceOp", Otherwise)
     inductors = mkldnn_fusion._get_mkldnn_device_op
-    with linears.onednn_on_amd():
+    with onednn.onednn_on_amd():
         assert mkldnn_fusion._get_mkldnn_device_op is inductors
 
 
 def test_other_devices_keep_inductors_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linears, "cpuinfo", lambda _: "AuthenticAMD")
-    with linears.onednn_on_amd():
+    monkeypatch.setattr(onednn, "cpuinfo", lambda _: "AuthenticAMD")
+    with onednn.onednn_on_amd():
         assert isinstance(mkldnn_fusion._get_mkldnn_device_op("xpu"), mkldnn_fusion.XpuMkldnnDeviceOp)
         with pytest.raises(RuntimeError, match="cuda"):
             mkldnn_fusion._get_mkldnn_device_op("cuda")

@@ -1,12 +1,12 @@
-"""Frees the weights that a frozen graph holds, once nothing can run the graph any more.
+"""Frees the weights that are part of a frozen graph, once nothing can run the graph any more.
 
 Inductor makes a Python module of every graph, with the weights that are part of it as attributes, and keeps it for as
-long as the process lives: without this, each change of weights would leave another copy of them in memory.
+long as the process lives: without this, each change of weights would leave another copy of them in memory. Its own
+``PyCodeCache.cache_clear`` and ``torch.compiler.reset`` (torch 2.13) forget every graph of the process, or none.
 """
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,28 +15,24 @@ from typing import Any
 
 import torch
 
+from . import private
+
 
 @contextmanager
 def made_modules() -> Iterator[list[ModuleType]]:
-    """The modules that inductor makes while this is entered, filled in when it is left.
+    """Context manager: the modules that inductor makes meanwhile, filled in at the end.
 
     Enter it where Dynamo compiles, which it does in one thread at a time.
     """
-    before = len(_kept())
+    before = len(private.inductor_modules())
     made: list[ModuleType] = []
     yield made
-    made.extend(_kept()[before:])
+    made.extend(private.inductor_modules()[before:])
 
 
 def release_with(run: Callable[..., Any], modules: list[ModuleType]) -> None:
     """Drop the tensors that are attributes of these modules when ``run`` is no longer there."""
     weakref.finalize(run, _drop_tensors, modules).atexit = False
-
-
-def _kept() -> list[ModuleType]:
-    """The modules that inductor keeps; none before it is imported."""
-    codecache: Any = sys.modules.get("torch._inductor.codecache")
-    return codecache.PyCodeCache.modules if codecache is not None else []
 
 
 def _drop_tensors(modules: list[ModuleType]) -> None:

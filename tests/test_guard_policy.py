@@ -15,7 +15,7 @@ from torch import nn
 import tgate_fx
 from tests import tiny
 from tests.conftest import CountingBackend
-from tgate_fx.trust import known_to_leave_modules_alone
+from tgate_fx.guard_policy import runs_only_known_code
 
 FREEU = {"s1": 0.9, "s2": 0.2, "b1": 1.2, "b2": 1.4}
 KWARGS = {**tiny.inputs("sd"), "num_inference_steps": 7}
@@ -32,6 +32,11 @@ class CountingProcessor(AttnProcessor2_0):
         self.calls += 1
         out: torch.Tensor = super().__call__(*args, **kwargs)
         return out * 2 if self.calls >= 5 else out
+
+
+def plain_class(pipe: Any) -> type[Any]:
+    """The class of a gated pipeline before it was gated."""
+    return type(pipe).__mro__[1]
 
 
 def counting_processor(pipe: Any) -> None:
@@ -132,20 +137,20 @@ def test_only_known_code_is_trusted(change: Callable[[Any], None]) -> None:
     pipe = tiny.make("sd-small")
     change(pipe)
     tgate_fx.gate(pipe)
-    assert not known_to_leave_modules_alone(pipe, pipe.unet)
+    assert not runs_only_known_code(pipe, plain_class(pipe), pipe.unet)
 
 
 @pytest.mark.parametrize("family", tiny.MAKERS)
 def test_diffusers_own_code_is_trusted(family: str) -> None:
     pipe = tgate_fx.gate(tiny.make(family))
-    assert known_to_leave_modules_alone(pipe, tiny.denoiser(pipe))
+    assert runs_only_known_code(pipe, plain_class(pipe), tiny.denoiser(pipe))
 
 
 def test_loops_that_were_not_looked_at_are_not_trusted() -> None:
     """This pipeline turns layers of its denoiser off in the middle of its loop."""
     parts = {name: part for name, part in tiny.make("sd-small").components.items() if name != "image_encoder"}
     pipe = tgate_fx.gate(diffusers.StableDiffusionGLIGENPipeline(**parts), gate_step=None)
-    assert not known_to_leave_modules_alone(pipe, pipe.unet)
+    assert not runs_only_known_code(pipe, plain_class(pipe), pipe.unet)
 
 
 def test_forwards_that_are_not_the_class_s_own_are_not_trusted() -> None:
@@ -154,9 +159,9 @@ def test_forwards_that_are_not_the_class_s_own_are_not_trusted() -> None:
     plain = block.forward
     block.forward = lambda *args, **kwargs: plain(*args, **kwargs)
     tgate_fx.gate(pipe)
-    assert not known_to_leave_modules_alone(pipe, pipe.unet)
+    assert not runs_only_known_code(pipe, plain_class(pipe), pipe.unet)
     block.forward = plain
-    assert known_to_leave_modules_alone(pipe, pipe.unet)
+    assert runs_only_known_code(pipe, plain_class(pipe), pipe.unet)
 
 
 def test_global_hooks_are_refused_by_compiled_phases(backend: CountingBackend) -> None:
@@ -215,8 +220,8 @@ def test_what_is_patched_in_is_not_trusted(
     pipe = tiny.make("sd-small")
     if gated_first:
         tgate_fx.gate(pipe)
-        assert known_to_leave_modules_alone(pipe, pipe.unet)
+        assert runs_only_known_code(pipe, plain_class(pipe), pipe.unet)
     patched(*what(pipe), monkeypatch)
     if not gated_first:
         tgate_fx.gate(pipe)
-    assert not known_to_leave_modules_alone(pipe, pipe.unet)
+    assert not runs_only_known_code(pipe, plain_class(pipe), pipe.unet)

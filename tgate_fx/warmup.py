@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 
-from .errors import ArgumentError, StateError
+from . import private
+from .errors import ArgumentError, StateError, check_count
 from .gated import Gated
+from .pipeline import report
 from .report import Report
-from .schedule import Schedule, check_count
-from .sites import Roles
+from .roles import Roles
+from .schedule import Schedule
 
 _TRIES = 4
 _CHOSEN = ("num_inference_steps", "gate_step")
@@ -30,9 +32,11 @@ def warmup(
 ) -> Report:
     """Compile every phase of a pipeline for one size of image, by generating one in as few steps as reach them all.
 
-    Graphs are for one shape and dtype of the denoiser's inputs: call this once for each size and batch that will be
-    asked for, and once more with ``guidance_scale=1`` if images without guidance will be, for their batch is another;
-    and under ``torch.inference_mode()`` if they will be asked for under it. Where phases are CUDA graphs they are
+    It has nothing to do with ``warm_up``, which is upstream's name for a step of its schedule.
+
+    Graphs are for one shape and dtype of the denoiser's inputs: call this once for each size and batch that you will
+    ask for. Call it again with ``guidance_scale=1`` if you will generate without guidance, since the batch size
+    differs, and under ``torch.inference_mode()`` if you will generate under it. Where phases are CUDA graphs they are
     recorded too. Nothing else may generate with the pipeline meanwhile.
 
     Args:
@@ -51,17 +55,17 @@ def warmup(
     """
     gated, call = call_for(pipe, height, width, batch_size, inputs)
     reach_every_phase(pipe, gated, call, "compiling")
-    if gated.settings is not None and gated.settings.replays(next(gated.denoiser.parameters()).device):
+    if gated.phases.uses_cuda_graphs(next(gated.network.module.parameters()).device):
         reach_every_phase(pipe, gated, call, "recording")  # a CUDA graph is recorded when it runs again
-    return gated.report()
+    return report(pipe)
 
 
 def call_for(
     pipe: Any, height: int | None, width: int | None, batch_size: int | None, inputs: dict[str, Any]
 ) -> tuple[Gated, dict[str, Any]]:
-    """The gate of a compiled pipeline, and what to call it with for images of this size; see `warmup`."""
+    """Return the gate of a compiled pipeline, and what to call it with for images of this size; see `warmup`."""
     gated = Gated.of(pipe)
-    if gated is None or gated.compiled is None:
+    if gated is None or not gated.phases.is_compiled:
         raise StateError(
             f"This {type(pipe).__name__} is not compiled: expected one given to tgate_fx.compile. There is nothing to "
             "compile ahead for any other."
@@ -107,7 +111,7 @@ def reach_every_phase(pipe: Any, gated: Gated, call: dict[str, Any], doing: str)
 
 
 def _strength(gated: Gated, call: dict[str, Any]) -> float:
-    """The share of the steps that a pipeline which changes an image runs."""
+    """Return the share of the steps that a pipeline which changes an image runs."""
     parameter = gated.parameters.get("strength")
     strength = call.get("strength", getattr(parameter, "default", None))
     if "original_inference_steps" in gated.parameters:  # a share of these, LCM's, from which all steps are chosen
@@ -121,15 +125,15 @@ def _prompts(pipe: Any, gated: Gated, batch_size: int | None, inputs: dict[str, 
         raise ArgumentError(
             f"batch_size={batch_size} was given to a {type(pipe).__name__} "
             f"{'together with ' + given[0] if given else 'which takes no prompts'}: expected prompts to be made up "
-            "that many times. Leave it out, and give as many inputs as there shall be."
+            "that many times. Leave it out, and pass one input per image you want."
         )
     if batch_size is not None:
-        check_count("batch_size", batch_size, least=1, of="prompts")
+        check_count("batch_size", batch_size, least=1, unit="prompts")
     return {} if given or "prompt" not in gated.parameters else {"prompt": [""] * (batch_size or 1)}
 
 
 def _shortest(schedule: Schedule) -> tuple[set[Roles], int, int | None]:
-    """All phases of a schedule, the fewest steps, and the gate among them, with which they all run."""
+    """Return all phases of a schedule, the fewest steps, and the gate among them, with which they all run."""
     period = max(schedule.sp_interval, schedule.fi_interval, schedule.deep_interval or 1) + schedule.warm_up + 1
     share = isinstance(schedule.gate_step, float)  # of a number of steps that is not known yet
     own = replace(schedule, gate_step=2 * period) if share else schedule
@@ -149,8 +153,8 @@ def _phases(schedule: Schedule, steps: int) -> set[Roles]:
 
 @contextmanager
 def _progress_bar(pipe: Any, description: str) -> Iterator[None]:
-    """The pipeline's own progress bar under another name; one that was turned off stays off."""
-    config = getattr(pipe, "_progress_bar_config", {})
+    """Context manager: the pipeline's own progress bar under another name; one that was turned off stays off."""
+    config = private.progress_bar_config(pipe)
     pipe.set_progress_bar_config(**{**config, "desc": description})
     try:
         yield

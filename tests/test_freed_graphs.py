@@ -14,9 +14,9 @@ from torch import nn
 
 import tgate_fx
 from tests import tiny
-from tgate_fx.compiler import Variant
-from tgate_fx.held import HeldWeights
+from tgate_fx.frozen_weights import FrozenWeights
 from tgate_fx.settings import CompileSettings
+from tgate_fx.variant import Variant
 
 KWARGS = {**tiny.inputs("sd"), "num_inference_steps": 3}
 
@@ -72,7 +72,7 @@ def test_graphs_are_freed_when_weights_change_and_all_else_when_the_pipeline_is_
 def test_inductors_modules_of_frozen_graphs_give_up_the_weights() -> None:
     codecache = pytest.importorskip("torch._inductor.codecache")
     layer = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).requires_grad_(False)
-    held = HeldWeights(layer)
+    held = FrozenWeights(layer)
     before = len(codecache.PyCodeCache.modules)
 
     def run(values: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,341 @@
+"""Private names of torch, accelerate and diffusers, taken away one by one: then happens what their door says."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from torch import nn
+
+import tgate_fx
+from tests import tiny
+from tests.conftest import CountingBackend
+from tests.replay import ReplayBackend
+from tests.test_refusals import says
+from tgate_fx import dead_code, forward_patch, private, regional, settings, variant
+from tgate_fx.artifact import fingerprint
+from tgate_fx.artifact import private as aot
+
+KWARGS = {**tiny.inputs("sd"), "num_inference_steps": 5}
+
+Take = Callable[[str], None]
+
+
+@pytest.fixture
+def take(monkeypatch: pytest.MonkeyPatch) -> Take:
+    """Takes a name away from the door alone, since torch itself would fail without most of them."""
+    gone: set[str] = set()
+    find = private._find
+    monkeypatch.setattr(private, "_find", lambda path: None if path in gone else find(path))
+    return gone.add
+
+
+def compiled(backend: Any, **changes: Any) -> Any:
+    return tgate_fx.compile(tiny.make("sd-small"), gate_step=2, backend=backend, **changes)
+
+
+def expected() -> torch.Tensor:
+    return tiny.latents(tgate_fx.gate(tiny.make("sd-small"), gate_step=2), **KWARGS)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("torch._dynamo.config.skip_nnmodule_hook_guards", {}),
+        ("torch.nn.modules.module._global_forward_hooks", {}),
+        ("torch.nn.modules.module._global_forward_pre_hooks", {}),
+        ("torch._dynamo.lookup_backend", {}),
+        ("torch.fx.experimental._config.use_duck_shape", {"dynamic": True}),
+        ("torch._inductor.list_mode_options", {"backend": "inductor", "mode": "reduce-overhead"}),
+    ],
+)
+def test_compiling_is_refused_when_it_is_asked_for(
+    name: str, changes: dict[str, Any], take: Take, backend: CountingBackend
+) -> None:
+    plain = tiny.make("sd-small")
+    tgate_fx.restore(tgate_fx.compile(plain, **{"backend": backend, **changes}))
+    take(name)
+    with pytest.raises(tgate_fx.UnsupportedError, match=says(f"has no {name}", "expected a torch from", "Install one")):
+        tgate_fx.compile(plain, **{"backend": backend, **changes})
+    if changes:  # without the setting it is not needed
+        tgate_fx.restore(tgate_fx.compile(plain, backend=backend))
+    assert torch.equal(tiny.latents(tgate_fx.gate(plain, gate_step=2), **KWARGS), expected())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "torch._dynamo.eval_frame._debug_get_cache_entry_list",
+        "torch._dynamo.eval_frame._stance",
+        "torch._C._dynamo.eval_frame.reset_code",
+        "torch._C._nn",
+        "torch._C._log_api_usage_once",
+        "torch._dynamo.exc.TorchDynamoException",
+        "torch._dynamo.exc.FailOnRecompileLimitHit",
+    ],
+)
+def test_generations_are_right_without(
+    name: str, take: Take, backend: CountingBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked = []
+    call = variant.Variant.__call__
+    monkeypatch.setattr(variant.Variant, "__call__", lambda self, *args: (checked.append(self), call(self, *args))[1])
+    take(name)
+    pipe = compiled(backend)
+    for _ in range(2):
+        assert torch.equal(tiny.latents(pipe, **KWARGS), expected())
+    assert tgate_fx.report(pipe).compiled_graphs == len(backend.graphs) == 2
+    # Guards at every one of the five steps of two generations, or once for each phase of each.
+    assert len(checked) == (10 if "eval_frame._" in name else 4)
+    tgate_fx.restore(pipe)
+
+
+def test_the_entry_that_ran_last_is_in_front() -> None:
+    """What leaving the guards out rests on, where one function has several graphs."""
+
+    def double(value: torch.Tensor) -> torch.Tensor:
+        return value * 2
+
+    function = torch.compile(double, backend="eager", dynamic=False)
+    last = {}
+    for size in (2, 3, 2, 3, 3, 2):
+        function(torch.ones(size))
+        last.setdefault(size, private.last_run(double.__code__))
+        assert private.last_run(double.__code__) is last[size] is not None
+    assert last[2] is not last[3]
+
+
+def test_on_a_newer_torch_several_graphs_of_one_function_keep_their_guards(monkeypatch: pytest.MonkeyPatch) -> None:
+    def double(value: torch.Tensor) -> torch.Tensor:
+        return value * 2
+
+    function = torch.compile(double, backend="eager", dynamic=False)
+    monkeypatch.setattr(private, "_ORDER_SEEN", (2, 8))
+    function(torch.ones(2))
+    assert private.last_run(double.__code__) is not None
+    function(torch.ones(3))
+    assert private.last_run(double.__code__) is None
+
+
+def test_errors_of_torch_reach_the_user_as_they_are(take: Take, backend: CountingBackend) -> None:
+    pipe = compiled(backend)
+    pipe.unet.mid_block.register_forward_hook(lambda *_: torch._dynamo.graph_break())
+    with pytest.raises(tgate_fx.CompileError):
+        tiny.latents(pipe, **KWARGS)
+    take("torch._dynamo.exc.TorchDynamoException")
+    with pytest.raises(torch._dynamo.exc.TorchDynamoException):
+        tiny.latents(pipe, **KWARGS)
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_the_recompile_limit(gone: bool, take: Take, backend: CountingBackend) -> None:
+    """A phase whose modules changed too often gets a new function; without the name, torch's own error is raised."""
+    if gone:
+        take("torch._dynamo.exc.FailOnRecompileLimitHit")
+    pipe = compiled(backend)
+    with torch._dynamo.config.patch(recompile_limit=1):
+        tiny.latents(pipe, **KWARGS)
+        pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+        if gone:
+            with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+                tiny.latents(pipe, **KWARGS)
+        else:
+            tiny.latents(pipe, **KWARGS)
+
+
+def test_a_lock_of_its_own(take: Take) -> None:
+    pipe = tgate_fx.gate(tiny.make("sd-small"), gate_step=2)
+    tiny.latents(pipe, **KWARGS)
+    assert private.compile_lock() is torch._dynamo.convert_frame.compile_lock
+    take("torch._dynamo.convert_frame.compile_lock")
+    assert private.compile_lock() is private._own_lock
+    assert list(tgate_fx.graphs(pipe)) == ["pre-gate", "post-gate"]
+
+
+def test_without_operators_classes_graphs_keep_what_nothing_uses(take: Take) -> None:
+    pipe = tgate_fx.gate(tiny.make("sd-small"), gate_step=2)
+    tiny.latents(pipe, **KWARGS)
+    before = sum(tgate_fx.graphs(pipe)["post-gate"].operations().values())
+    take("torch._ops.OpOverload")
+    assert sum(tgate_fx.graphs(pipe)["post-gate"].operations().values()) >= before
+    assert not private.is_operator(torch.ops.aten.clone.default)
+
+
+def test_without_a_schema_an_operator_may_do_anything() -> None:
+    assert not private.writes(torch.ops.aten.add.Tensor)
+    assert private.returns(torch.ops.aten.add.Tensor)
+    assert private.writes(SimpleNamespace())
+    assert not private.returns(SimpleNamespace())
+    assert not private.is_metadata_assertion(None)
+
+
+def test_without_the_statistics_function_its_calls_stay(take: Take) -> None:
+    node = SimpleNamespace(op="call_function", target=torch._C._log_api_usage_once, args=(), kwargs={})
+    assert not dead_code.may_have_an_effect(node)  # type: ignore[arg-type]
+    take("torch._C._log_api_usage_once")
+    assert dead_code.may_have_an_effect(node)  # type: ignore[arg-type]
+
+
+def test_without_marks_cuda_graphs_copy_their_cache(take: Take, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings, "_has_cuda_graphs", lambda device: True)
+    take("torch._dynamo.mark_static_address")
+    replay = ReplayBackend()
+    pipe = compiled(replay, options={"triton.cudagraphs": True})
+    assert torch.equal(tiny.latents(pipe, **KWARGS), expected())
+
+
+def test_without_freezing_cpus_compile_plainly(take: Take) -> None:
+    cpu = torch.device("cpu")
+    assert settings.CompileSettings().freezes(cpu)
+    take("torch._inductor.config.freezing")
+    assert not settings.CompileSettings().freezes(cpu)
+    assert settings.CompileSettings().options_for(cpu) is None
+
+
+def test_without_inductors_list_nothing_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(private.sys.modules, "torch._inductor.codecache", SimpleNamespace())  # type: ignore[arg-type]
+    assert private.inductor_modules() == []
+
+
+@pytest.mark.parametrize(
+    "name", ["CpuMkldnnDeviceOp", "_get_mkldnn_device_op", "pack_linear_weight", "pack_linear", "is_lp_weight"]
+)
+def test_without_its_hook_inductor_chooses_for_linear_layers(name: str) -> None:
+    class Packer:
+        def pack_linear_weight(self, graph: object, is_lp_weight: bool) -> None: ...
+
+        def pack_linear(self, graph: object, is_lp_weight: bool) -> None: ...
+
+    passes = SimpleNamespace(CpuMkldnnDeviceOp=Packer, _get_mkldnn_device_op=lambda device: None)
+    assert private._onednn_packer(passes) is not None
+    if name == "is_lp_weight":
+        Packer.pack_linear = lambda self, graph, other: None  # type: ignore[method-assign, assignment]
+    else:
+        delattr(passes if hasattr(passes, name) else Packer, name)
+    assert private._onednn_packer(passes) is None
+    assert private._onednn_packer(None) is None
+
+
+def test_without_a_guards_value_blocks_compile_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert private.guarded_value(SimpleNamespace()) is None
+    counts = []
+    for _ in range(2):
+        backend = CountingBackend()
+        pipe = tgate_fx.compile(tiny.make("pixart-sigma"), gate_step=2, backend=backend, regional=True)
+        tiny.latents(pipe, **tiny.inputs("pixart-sigma"), num_inference_steps=4)
+        counts.append(len(backend.graphs))
+        monkeypatch.setattr(private, "guarded_value", lambda guard: None)
+    assert counts[0] < counts[1]
+
+
+def test_without_their_names_blocks_are_found_by_their_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tiny.make("pixart-sigma")
+    monkeypatch.delattr(type(pipe.transformer), "_repeated_blocks")
+    assert private.repeated_blocks(pipe.transformer) == ()
+    backend = CountingBackend()
+    tgate_fx.compile(pipe, gate_step=2, backend=backend, regional=True)
+    tiny.latents(pipe, **tiny.inputs("pixart-sigma"), num_inference_steps=4)
+    assert tgate_fx.report(pipe).compiled_graphs > 0
+    assert regional  # the module under test
+
+
+def test_without_the_names_of_hooks_a_module_may_have_some() -> None:
+    assert not private.has_hooks(nn.Linear(1, 1))
+    assert private.has_hooks(SimpleNamespace())  # type: ignore[arg-type]
+
+
+def test_without_versions_bits_are_read_all_the_same() -> None:
+    weight = nn.Parameter(torch.ones(2))
+    assert private.version_of(weight) is not None
+    assert private.version_of(SimpleNamespace(is_inference=lambda: False)) is None  # type: ignore[arg-type]
+
+
+def test_a_denoiser_compiled_in_place_that_is_not_seen_is_refused_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tiny.make("sd-small")
+    pipe.unet.compile(backend="eager")
+    monkeypatch.setattr(private, "is_compiled_in_place", lambda module: False)
+    tgate_fx.gate(pipe, gate_step=2)
+    with pytest.raises(tgate_fx.StateError, match=says("without a call of pipe.unet", "restore")):
+        tiny.latents(pipe, **KWARGS)
+
+
+def test_without_the_place_beneath_hooks_a_lost_gate_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forward_patch, "BENEATH_HOOK", "_of_another_name")
+    pipe = tiny.make("sd-small")
+    add_hook_to_module(pipe.unet, ModelHook())
+    tgate_fx.gate(pipe, gate_step=2)
+    remove_hook_from_module(pipe.unet)
+    with pytest.raises(tgate_fx.StateError, match=says("without a call of pipe.unet", "restore")):
+        tiny.latents(pipe, **KWARGS)
+
+
+def test_without_what_diffusers_keeps_its_public_names_serve() -> None:
+    pipe = tiny.make("sd-small")
+    del pipe._progress_bar_config
+    assert private.progress_bar_config(pipe) == {}
+    assert private.step_count_of(pipe) is None
+    tgate_fx.gate(pipe, gate_step=0.5)
+    tiny.latents(pipe, **KWARGS)
+    assert tgate_fx.report(pipe).gate == 2
+
+
+def test_state_of_another_name_is_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = nn.Linear(1, 1)
+    before = fingerprint.structure(layer)
+    layer._is_hf_initialized = True
+    assert fingerprint.structure(layer) == before
+    monkeypatch.setattr(fingerprint, "_LEFT_OUT", frozenset())
+    assert fingerprint.structure(layer) != before
+
+
+def test_what_benchmarks_count(take: Take) -> None:
+    assert len(private.graphs_and_breaks()) == 2
+    take("torch._dynamo.utils.counters")
+    assert private.graphs_and_breaks() == (0, 0)
+    weights = torch.eye(2)
+    assert torch.equal(private.onednn_product(weights, weights), weights)
+
+
+NEEDED = [f"{owner}.{name}" for owner, names in aot._NEEDED.items() for name in names]
+
+
+@pytest.mark.parametrize("name", [*NEEDED, *aot._C_FUNCTIONS])
+def test_artifacts_are_refused_before_anything_is_done(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    has, functions = aot._has, [each for each in aot._C_FUNCTIONS if each != name]
+    monkeypatch.setattr(aot, "_has", lambda owner, each: f"{owner}.{each}" != name and has(owner, each))
+    monkeypatch.setattr(aot, "_torch_c", lambda: SimpleNamespace(**dict.fromkeys(functions)))
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.13.0"))
+    pipe = tgate_fx.compile(tiny.make("sd-small"))
+    message = says(f"has no {name}", "expected torch 2.13", "tgate_fx.warmup")
+    with pytest.raises(tgate_fx.UnsupportedError, match=message):
+        tgate_fx.save(pipe, tmp_path / "artifact")
+    tgate_fx.restore(pipe)
+    with pytest.raises(tgate_fx.UnsupportedError, match=message):
+        tgate_fx.load(pipe, tmp_path / "artifact")
+    assert not list(tmp_path.iterdir())
+    assert torch.isfinite(tiny.latents(pipe, **KWARGS)).all()
+
+
+def test_every_name_of_the_door_is_taken_away_here() -> None:
+    """A name is a string with a private part, or a private attribute, in one of the two doors."""
+    here = Path(__file__).read_text()
+    missing = []
+    for door in (private, aot):
+        tree = ast.parse(inspect.getsource(door))
+        names = {
+            node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        }
+        for name in sorted(each for each in names if re.fullmatch(r"(torch(\.\w+)*\.)?_[a-z]\w*(\.\w+)*", each)):
+            if name not in here and name.rpartition(".")[2] not in here and name not in NEEDED:
+                missing.append(f"{door.__name__}: {name}")
+    assert missing == []

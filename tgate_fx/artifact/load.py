@@ -1,0 +1,85 @@
+"""Run a pipeline by phases that were compiled ahead of time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..deepcache import DeepCache
+from ..errors import StateError
+from ..gated import Gated, check_not_gated
+from ..network import Network
+from ..roles import Role, Roles
+from ..schedule import Schedule
+from . import fingerprint, manifest, private, weights_file
+from .packaged import Package, PackagedPhases
+
+Pipeline = TypeVar("Pipeline")
+
+
+def load(pipe: Pipeline, path: str | Path) -> Pipeline:
+    """Gate a pipeline with phases that `save` compiled; nothing is compiled any more.
+
+    The pipeline must be as it was then, weights included where they are part of the packages (`freezing`), and so must
+    torch, diffusers, the processor and the number of threads. Images are generated for the height, width, batch and
+    guidance it was saved for; gate, steps, seeds and schedulers may change.
+
+    The packages are native code, which is run: load only what you trust.
+
+    Args:
+        pipe: a plain pipeline.
+        path: the directory that `save` made.
+
+    Returns:
+        The same pipeline object, gated as the saved one was.
+
+    Raises:
+        StateError: the artifact is not whole, or not for this pipeline, torch or processor; the pipeline is gated.
+        UnsupportedError: as for `tgate_fx.gate`; or this torch has no packages that artifacts need.
+    """
+    path = Path(path)
+    check_not_gated(pipe)
+    private.check_torch()
+    contents = manifest.read(path)
+    schedule = Schedule(**contents["schedule"])
+    interval = schedule.deep_interval
+    deepcache = None if interval is None else DeepCache(interval=interval, branch=contents["deepcache"])
+    network = Network(pipe, deepcache)
+    frozen = contents["weights"] is not None
+    manifest.check_environment(contents, network.module)
+    if frozen:
+        manifest.check_parts("weights", contents, fingerprint.weights(network.module))
+    packages = _load_packages(path, contents)
+    phases = PackagedPhases(network.module, packages, contents["structure"], frozen=frozen)
+    gated = Gated(pipe, schedule, network, phases)
+    gated.attach(pipe)
+    try:
+        manifest.check_parts("structure", contents, fingerprint.structure(network.module))
+    except StateError:
+        gated.detach(pipe)
+        raise
+    return pipe
+
+
+def _load_packages(path: Path, contents: dict[str, Any]) -> dict[Roles, list[Package]]:
+    packages: dict[Roles, list[Package]] = {}
+    phases = contents["phases"]
+    for phase in phases:
+        for name, described in phase["files"].items():
+            manifest.check_file(path / phase["folder"] / private.PACKAGE_FILES / name, described)
+    manifest.check_file(path / manifest.WEIGHTS_FILE, contents["weights_file"])
+    mapped = weights_file.mapped(path / manifest.WEIGHTS_FILE, [phase["constants"] for phase in phases])
+    for phase, weights in zip(phases, mapped, strict=True):
+        folder = path / phase["folder"]
+        try:
+            loaded = private.LoadedPackage(folder)
+            if contents["weights"] is not None:  # else the denoiser's are still to come
+                loaded.share_weights(weights)
+        except RuntimeError as error:
+            raise StateError(
+                f"torch cannot load {folder}: {error}\nExpected what tgate_fx.save wrote. Save it again on this "
+                "machine."
+            ) from error
+        package = Package(phase["name"], phase["signature"], private.Structure.loads(phase["results"]), loaded, weights)
+        packages.setdefault(Roles(*map(Role, phase["roles"])), []).append(package)
+    return packages

@@ -1,0 +1,122 @@
+"""What an artifact says of itself: what it was compiled from and for, and whether that is still so."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..checksum import checksum
+from ..cpu import processor
+from ..errors import StateError
+from . import fingerprint
+
+_FILE = "manifest.json"
+_FORMAT = 6
+
+# The file of the weights that are part of the packages.
+WEIGHTS_FILE = "constants.bin"
+
+
+def environment(denoiser: nn.Module) -> dict[str, Any]:
+    """Return what compiled code depends on beside the model's parts: versions, processor, configuration."""
+    return {
+        "torch": str(torch.__version__),
+        "diffusers": importlib.metadata.version("diffusers"),
+        "processor": processor(next(denoiser.parameters()).device),
+        "model": _model(denoiser),
+    }
+
+
+def write(folder: Path, contents: dict[str, Any]) -> None:
+    """Write the manifest of the artifact in this folder."""
+    manifest = {"format": _FORMAT, "digest": _digest(contents), "contents": contents}
+    (folder / _FILE).write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def _model(denoiser: nn.Module) -> dict[str, str]:
+    """Return the model's class and configuration, without where it came from."""
+    config = dict(getattr(denoiser, "config", {}))
+    values = {name: repr(value) for name, value in config.items() if not name.startswith("_")}
+    return {"class": type(denoiser).__name__, **values}
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Return the contents of an artifact's manifest.
+
+    Raises:
+        StateError: there is none, or it was changed.
+    """
+    try:
+        manifest = json.loads((path / _FILE).read_text())
+        found = manifest["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StateError(
+            f"No complete artifact at {path} ({type(error).__name__}: {error}): expected a directory that "
+            "tgate_fx.save made. Save it again."
+        ) from error
+    if found != _FORMAT:
+        raise StateError(f"The artifact at {path} has format {found}: expected {_FORMAT}. Save it again.")
+    contents: dict[str, Any] = manifest.get("contents", {})
+    if _digest(contents) != manifest.get("digest"):
+        raise StateError(
+            f"{path / _FILE} is not as it was written: expected what tgate_fx.save wrote, unchanged. Copy it "
+            "again, or save it again."
+        )
+    return contents
+
+
+def _digest(contents: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
+
+
+def check_environment(contents: dict[str, Any], denoiser: nn.Module) -> None:
+    """Raise `StateError` where torch, diffusers, the processor or the model's configuration is another."""
+    for what, now in environment(denoiser).items():
+        saved, here = ({"version": each} if isinstance(each, str) else each for each in (contents[what], now))
+        for name in fingerprint.differences(saved, here):
+            raise StateError(
+                f"The {what}'s {name} is {here.get(name)}: expected {saved.get(name)}, which the artifact was saved "
+                "with. Save one here, or load it where it was saved."
+            )
+
+
+def check_parts(what: str, contents: dict[str, Any], now: dict[str, str]) -> None:
+    """Raise `StateError` where a module or a weight of the denoiser is another."""
+    changed = fingerprint.differences(contents[what], now)
+    if changed:
+        raise StateError(
+            f"The {what} of {len(changed)} parts of the denoiser, such as {', '.join(changed[:3])}, are not those "
+            "that the artifact was saved with: expected the same model, dtype, weights, processors, adapters and "
+            "hooks. Load it on that pipeline, or save one of this."
+        )
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """Return the size and checksum of a file."""
+    return {"bytes": path.stat().st_size, "checksum": _file_checksum(path)}
+
+
+def check_file(path: Path, described: dict[str, Any]) -> None:
+    """Raise `StateError` unless a file is as it was described."""
+    size = path.stat().st_size if path.is_file() else None
+    if size != described["bytes"] or _file_checksum(path) != described["checksum"]:
+        found = "missing" if size is None else f"{size} bytes, and not as it was written"
+        raise StateError(
+            f"{path} is {found}: expected the {described['bytes']} bytes that tgate_fx.save wrote. Copy it "
+            "again, or save it again."
+        )
+
+
+def _file_checksum(path: Path) -> str:
+    """Finds damage; it is no protection against those who mean harm."""
+    size = path.stat().st_size
+    words = torch.from_file(str(path), size=size // 8, dtype=torch.int64)
+    with path.open("rb") as file:
+        file.seek(size // 8 * 8)
+        return f"{checksum(words):x}-{file.read().hex()}"

@@ -1,0 +1,195 @@
+"""The one door to private names of torch that artifacts need, beside those of `tgate_fx.private`.
+
+All are of torch's AOTInductor, whose own saving and loading would write the weights into each phase's library, and copy
+them out of it again. They were checked on torch 2.13 and 2.15; without any of them, `tgate_fx.save` and `tgate_fx.load`
+are refused with an `UnsupportedError`, before anything is compiled or changed.
+"""
+
+from __future__ import annotations
+
+import base64
+import ctypes
+import importlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+
+from ..errors import UnsupportedError
+
+# Where torch looks for a package's files, in the package's folder.
+PACKAGE_FILES = Path("data", "aotinductor", "model")
+
+_OPTIONS = {
+    "aot_inductor.package": True,
+    "aot_inductor.package_constants_in_so": False,
+    "aot_inductor.package_constants_on_disk_format": "pickle_weights",  # nothing is pickled: they are just returned
+}
+
+# Modules and the names in them without which nothing is saved or loaded.
+_NEEDED = {
+    "torch._inductor": ("aot_compile",),
+    "torch._inductor.config.aot_inductor": tuple(name.partition(".")[2] for name in _OPTIONS),
+    "torch._inductor.codecache": ("TensorProperties",),
+    "torch._C._aoti": ("AOTIModelPackageLoader", "alloc_tensor_by_stealing_from_void_ptr"),
+    "torch.export.pt2_archive._package": ("AOTICompiledModel",),
+    "torch.ops.mkldnn": ("data_ptr", "_nbytes", "_get_mkldnn_serialized_md"),
+    "torch.utils._pytree": ("tree_flatten", "tree_unflatten", "treespec_dumps", "treespec_loads"),
+}
+
+# AOTInductor's own C interface, kept for compiled models.
+_C_FUNCTIONS = (
+    "aoti_torch_create_tensor_from_blob_v2",
+    "aoti_torch_device_type_cpu",
+    "aoti_torch_layout__mkldnn",
+)
+
+# A prototype of our own for what Python's C interface wraps a pointer with: ctypes.pythonapi's is shared by everybody.
+_CAPSULE = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)(
+    ("PyCapsule_New", ctypes.pythonapi)
+)
+
+
+def check_torch() -> None:
+    """Raise `UnsupportedError` if this torch lacks what artifacts need."""
+    if torch.__version__ < "2.13":
+        raise UnsupportedError(
+            f"torch {torch.__version__} cannot load packages that are not zipped: expected 2.13 or later. Update "
+            "torch, or use tgate_fx.warmup in every process."
+        )
+    lacking = [f"{owner}.{name}" for owner, names in _NEEDED.items() for name in names if not _has(owner, name)]
+    lacking += [name for name in _C_FUNCTIONS if not hasattr(_torch_c(), name)]
+    if lacking:
+        raise UnsupportedError(
+            f"torch {torch.__version__} has no {lacking[0]}, which artifacts need: expected torch 2.13 to 2.15. Update "
+            "torch, or use tgate_fx.compile and tgate_fx.warmup in every process."
+        )
+
+
+def _has(owner: str, name: str) -> bool:
+    try:
+        return hasattr(_find(owner), name)
+    except (ImportError, AttributeError):
+        return False
+
+
+def _find(path: str) -> Any:
+    """Return the module of this name, or what is in it."""
+    try:
+        return importlib.import_module(path)
+    except ImportError:
+        parent, _, name = path.rpartition(".")
+        return getattr(_find(parent), name)
+
+
+def _torch_c() -> Any:
+    return ctypes.CDLL(torch._C.__file__)
+
+
+def compile_package(
+    graph: torch.fx.GraphModule, arguments: tuple[Any, ...], options: Mapping[str, Any]
+) -> tuple[list[Path], Any]:
+    """Compile a graph ahead of time; enter it under torch's lock for compiling.
+
+    Returns:
+        The files of the package, and its constants, as (storage owner, view) by name.
+    """
+    with _constants_as_tensors():
+        made: Any = torch._inductor.aot_compile(graph, arguments, options={**options, **_OPTIONS})
+    (constants,) = [each for each in made if not isinstance(each, str)]
+    return [Path(each) for each in made if isinstance(each, str)], constants
+
+
+@contextmanager
+def _constants_as_tensors() -> Iterator[None]:
+    """Context manager: make inductor return constants as tensors; it cannot serialize packed ones."""
+    with mock.patch.object(_find("torch._inductor.codecache"), "TensorProperties", lambda tensor: tensor):
+        yield
+
+
+class LoadedPackage:
+    """A package that was loaded; calling it takes and returns a list of tensors.
+
+    ``torch._inductor.aoti_load_package`` takes a folder too, but first tries it as a zip file, and warns.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        loader = _find("torch._C._aoti").AOTIModelPackageLoader(str(folder), "model", False, 1, -1)
+        self._model = _find("torch.export.pt2_archive._package").AOTICompiledModel(loader)
+        self.run: Callable[[Sequence[torch.Tensor]], list[torch.Tensor]] = loader.run
+
+    def share_weights(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Read these weights where they are; they must be kept for as long as the package runs."""
+        names = self._model.get_constant_fqns()
+        weights = {name: tensors[name].detach() for name in names}
+        self._model.load_constants(weights, check_full_update=True, user_managed=True)
+
+
+class Structure(NamedTuple):
+    """The structure of nested lists, tuples, dicts and diffusers' outputs, without their leaves."""
+
+    spec: Any
+
+    @classmethod
+    def of(cls, value: Any) -> Structure:
+        """Return the structure of a value."""
+        return cls(_find("torch.utils._pytree").tree_flatten(value)[1])
+
+    @classmethod
+    def loads(cls, text: str) -> Structure:
+        """Return the structure that `dumps` wrote."""
+        return cls(_find("torch.utils._pytree").treespec_loads(text))
+
+    def dumps(self) -> str:
+        """Return it as text."""
+        text: str = _find("torch.utils._pytree").treespec_dumps(self.spec)
+        return text
+
+    def fill(self, leaves: Sequence[Any]) -> Any:
+        """Return the value with these leaves."""
+        return _find("torch.utils._pytree").tree_unflatten(leaves, self.spec)
+
+
+def packed_bytes(tensor: torch.Tensor) -> memoryview:
+    """Return the memory behind a tensor in oneDNN's layout."""
+    address, size = torch.ops.mkldnn.data_ptr(tensor), torch.ops.mkldnn._nbytes(tensor)
+    return memoryview((ctypes.c_ubyte * size).from_address(address))
+
+
+def packing_of(tensor: torch.Tensor) -> str:
+    """Return oneDNN's description of how a tensor is laid out."""
+    return base64.b64encode(bytes(torch.ops.mkldnn._get_mkldnn_serialized_md(tensor).tolist())).decode()
+
+
+def packed_tensor(data: torch.Tensor, dtype: str, shape: Sequence[int], stride: Sequence[int], packing: str) -> Any:
+    """Return a tensor in oneDNN's layout that reads ``data``, made by torch's C interface as AOTInductor makes its own.
+
+    The option ``cpp.weight_prepack=False`` would do without packed weights, but linear layers take 1.5 times as long
+    on an AMD processor (torch 2.13).
+    """
+    torch_c = _torch_c()
+    dimensions = len(shape)
+    description = base64.b64decode(packing)
+    handle = ctypes.c_void_p()
+    failed = torch_c.aoti_torch_create_tensor_from_blob_v2(
+        ctypes.c_void_p(data.data_ptr()),
+        ctypes.c_int64(dimensions),
+        (ctypes.c_int64 * dimensions)(*shape),
+        (ctypes.c_int64 * dimensions)(*stride),
+        ctypes.c_int64(0),  # elements from the beginning of the data
+        ctypes.c_int32(getattr(torch_c, f"aoti_torch_dtype_{dtype}")()),
+        ctypes.c_int32(torch_c.aoti_torch_device_type_cpu()),
+        ctypes.c_int32(0),  # the CPU's number
+        ctypes.byref(handle),
+        ctypes.c_int32(torch_c.aoti_torch_layout__mkldnn()),
+        description,
+        ctypes.c_int64(len(description)),
+    )
+    if failed:
+        raise RuntimeError("torch cannot make a tensor of packed weights")
+    tensor = torch._C._aoti.alloc_tensor_by_stealing_from_void_ptr(_CAPSULE(handle, None, None))
+    tensor._tgate_data = data  # type: ignore[attr-defined]  # it does not keep its data alive by itself
+    return tensor

@@ -1,0 +1,111 @@
+"""Compile a pipeline's phases ahead of time."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import private
+from ..errors import ArgumentError, CompileError
+from ..gated import Gated
+from ..phase_graph import trace
+from ..phases import EagerPhases, Example
+from ..warmup import call_for, reach_every_phase
+from . import fingerprint, manifest
+from . import private as aot
+from .packaged import signature_of, sorted_by_name, weights_of
+from .weights_file import WeightsWriter
+
+
+def save(
+    pipe: Any,
+    path: str | Path,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    batch_size: int | None = None,
+    **inputs: Any,
+) -> Path:
+    """Compile a pipeline's phases ahead of time, and keep them for `load`. Nothing else may generate with it meanwhile.
+
+    Args:
+        pipe: a pipeline under `tgate_fx.compile`, with inductor.
+        path: a directory to make.
+        height, width, batch_size, inputs: what images will be asked for, as for `tgate_fx.warmup`.
+
+    Returns:
+        The path.
+
+    Raises:
+        ArgumentError: there is something at ``path``, or as for `tgate_fx.warmup`.
+        StateError: the pipeline is not under `tgate_fx.compile`.
+        UnsupportedError: its settings are not for code that is compiled ahead of time, or torch is older than 2.13.
+        CompileError: a phase could not be traced or compiled.
+    """
+    path = Path(path)
+    if path.exists():
+        raise ArgumentError(f"{path} already exists: expected a new directory. Remove it, or choose another path.")
+    gated, call = call_for(pipe, height, width, batch_size, inputs)
+    network = gated.network
+    device = next(network.module.parameters()).device
+    options = gated.phases.inductor_options(device)
+    aot.check_torch()
+    with gated.running_with(EagerPhases(network)):
+        reach_every_phase(pipe, gated, call, "looking at each phase")
+    assert gated.run is not None
+    examples = list(gated.run.examples.values())
+    frozen = bool(options.get("freezing"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as made:
+        folder = Path(made) / "artifact"
+        folder.mkdir()
+        with (folder / manifest.WEIGHTS_FILE).open("wb") as file:
+            writer = WeightsWriter(file, {} if frozen else weights_of(network.module))
+            phases = [
+                _compile(gated, example, options, folder / str(index), writer) for index, example in enumerate(examples)
+            ]
+        contents = {
+            **manifest.environment(network.module),
+            "structure": fingerprint.structure(network.module),
+            "weights": fingerprint.weights(network.module) if frozen else None,
+            "schedule": dataclasses.asdict(gated.schedule),
+            "deepcache": network.branch,
+            "phases": phases,
+            "weights_file": manifest.describe_file(folder / manifest.WEIGHTS_FILE),
+        }
+        manifest.write(folder, contents)
+        folder.rename(path)
+    return path
+
+
+def _compile(
+    gated: Gated, example: Example, options: dict[str, Any], folder: Path, writer: WeightsWriter
+) -> dict[str, Any]:
+    """Compile one phase into a package in ``folder``; return the manifest's entry for it."""
+    graph = trace(gated.network, example._replace(inputs=sorted_by_name(example.inputs)))
+    arguments = graph.arguments()
+    with torch.no_grad(), private.compile_lock():
+        results = aot.Structure.of(graph.module(*arguments))
+        try:
+            files, constants = aot.compile_package(graph.module, arguments, options)
+        except Exception as error:
+            raise CompileError(
+                f"The {example.name} phase could not be compiled ahead of time: {error}\nExpected a denoiser that "
+                "torch's AOTInductor takes. Use tgate_fx.compile and tgate_fx.warmup instead."
+            ) from error
+    (folder / aot.PACKAGE_FILES).mkdir(parents=True)
+    copies = [Path(shutil.copy(file, folder / aot.PACKAGE_FILES)) for file in files]
+    return {
+        "name": example.name,
+        "roles": [role.value for role in example.roles],
+        "signature": signature_of(*arguments),
+        "results": results.dumps(),
+        "folder": folder.name,
+        "files": {file.name: manifest.describe_file(file) for file in copies},
+        "constants": writer.write(constants),
+    }

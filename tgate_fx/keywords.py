@@ -1,0 +1,37 @@
+"""Unknown keywords as errors of tgate_fx, under signatures that editors and type checkers can read."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from typing import ParamSpec, TypeVar
+
+from .errors import ArgumentError
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+
+def check_known(given: Iterable[str], known: Sequence[str]) -> None:
+    """Raise `ArgumentError` if a keyword is given that is not known."""
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        meant = difflib.get_close_matches(unknown[0], known, n=1)
+        raise ArgumentError(
+            f"Unknown keyword {', '.join(unknown)}: expected one of {', '.join(known)}."
+            + (f" Did you mean {meant[0]}?" if meant else "")
+        )
+
+
+def refuse_unknown(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Decorate a function to raise `ArgumentError`, not Python's ``TypeError``, for a keyword that it does not take."""
+    known = tuple(inspect.signature(function).parameters)
+
+    @functools.wraps(function)
+    def checked(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        check_known(kwargs, known)
+        return function(*args, **kwargs)
+
+    return checked

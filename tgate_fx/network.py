@@ -1,0 +1,141 @@
+"""A network: the module of a pipeline that has sites and runs in phases."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from . import private
+from .deepcache import DeepCache, find_deep_branch
+from .dispatch import Dispatch
+from .errors import StateError, UnsupportedError
+from .families import FAMILIES, Family, family_of
+from .roles import Kind, Roles
+from .schedule import Schedule
+from .sites import Site
+from .split import PhaseFunction, phase_function
+
+
+class Network:
+    """The denoiser of a gated pipeline. Nothing is changed on it before `attach`.
+
+    Args:
+        pipe: the pipeline.
+        deepcache: the deep branch to cache, if any.
+
+    Attributes:
+        attribute: the pipeline's attribute that has the module.
+        module: the module.
+        family: its facts.
+        branch: the number of the deep branch, if one is cached.
+        dispatch: what stands in place of the module's forward, from `attach` on.
+
+    Raises:
+        UnsupportedError: the pipeline has no denoiser that can be gated, or it has no such branch.
+    """
+
+    def __init__(self, pipe: Any, deepcache: DeepCache | None) -> None:
+        self.attribute, self.module, self.family = find_denoiser(pipe)
+        self.branch = None if deepcache is None else deepcache.branch
+        self._deep_branch = None if self.branch is None else find_deep_branch(self.module, self.branch)
+        self._functions: dict[Roles, PhaseFunction] = {}
+        self.dispatch: Dispatch
+
+    def attach(self, owner: object) -> None:
+        """Put the sites on the module until every owner has called `detach`."""
+        self.dispatch = Dispatch.attach_to(self.module, owner)
+        if self.branch is not None and self._deep_branch is not None:
+            self.dispatch.sites.attach_deep_branch(self.branch, self._deep_branch)
+
+    def detach(self, owner: object) -> None:
+        """Take the sites off the module, if no other owner uses them."""
+        self.dispatch.detach_from(owner)
+
+    def function(self, roles: Roles) -> PhaseFunction:
+        """Return the pure function of the phase in which the kinds of site have these roles."""
+        if roles not in self._functions:
+            dispatch = self.dispatch
+            self._functions[roles] = phase_function(dispatch.sites, dispatch.original_forward, roles, self.branch)
+        return self._functions[roles]
+
+    def cached_sites(self, schedule: Schedule) -> list[Site]:
+        """Return the sites of the kinds that are cached under this schedule."""
+        return [
+            site
+            for kind in schedule.cached_kinds
+            for site in self.dispatch.sites.of_kind(kind)
+            if site.branch in (None, self.branch)
+        ]
+
+    def check_captured(self, kind: Kind, captured: Sequence[Any]) -> None:
+        """Raise `StateError` if a site of this kind did not run while the module did."""
+        self.dispatch.sites.check_captured(kind, self.branch, captured)
+
+    def check_unchanged(self, pipe: Any) -> None:
+        """Raise `TGateError` unless the pipeline still has this module, as it can be gated."""
+        module = getattr(pipe, self.attribute, None)
+        if isinstance(module, nn.Module):
+            check_plain(self.attribute, module)
+        if module is not self.module:
+            raise StateError(
+                f"pipe.{self.attribute} was replaced after the pipeline was gated: expected the same module. Put it "
+                "back, or call tgate_fx.restore(pipe) and gate the pipeline again."
+            )
+
+
+def find_denoiser(pipe: Any) -> tuple[str, nn.Module, Family]:
+    """Return the attribute name, the module and the facts of the pipeline's denoiser.
+
+    Raises:
+        UnsupportedError: there is none, it is of no known family, or it cannot be gated as it is.
+    """
+    name = type(pipe).__name__
+    for attribute in ("unet", "transformer"):
+        denoiser = getattr(pipe, attribute, None)
+        if isinstance(denoiser, nn.Module):
+            check_plain(attribute, denoiser)
+            family = family_of(type(denoiser))
+            if family is None:
+                raise UnsupportedError(
+                    f"{name}.{attribute} is a {type(denoiser).__name__}: expected one of {', '.join(FAMILIES)}, the "
+                    "denoisers that are tested. tgate_fx.split(denoiser) works on any model with cross-attention."
+                )
+            return attribute, denoiser, family
+    raise UnsupportedError(
+        f"{name} has no denoiser: expected a diffusers pipeline with a unet or a transformer to gate."
+    )
+
+
+def check_plain(attribute: str, denoiser: nn.Module) -> None:
+    """Raise `UnsupportedError` if something else runs this denoiser, past any forward that is put on it."""
+    check_not_compiled(attribute, denoiser)
+    _check_no_deepcache_helper(denoiser)
+
+
+def check_not_compiled(attribute: str, denoiser: nn.Module) -> None:
+    """Raise `UnsupportedError` if torch.compile runs this module already, past any instance-level forward."""
+    if private.is_compiled_in_place(denoiser):
+        raise UnsupportedError(
+            f"pipe.{attribute} is compiled by torch.compile already, so its gate would never be seen: expected the "
+            "plain module. Load the pipeline without compiling it, then call tgate_fx.compile(pipe), which compiles "
+            "each phase."
+        )
+
+
+def _check_no_deepcache_helper(denoiser: nn.Module) -> None:
+    """Raise `UnsupportedError` if the `DeepCache` package's helper is enabled on this denoiser."""
+    for name in ("forward", private.BENEATH_HOOK):
+        function = vars(denoiser).get(name)
+        if getattr(function, "__module__", "") == "DeepCache.extension.deepcache":
+            helpers = [cell.cell_contents for cell in getattr(function, "__closure__", ()) or ()]
+            params: dict[str, int] = next((helper.params for helper in helpers if hasattr(helper, "params")), {})
+            interval = params.get("cache_interval", 3)
+            branch = 3 * params.get("cache_block_id", 0) + params.get("cache_layer_id", 0)
+            raise UnsupportedError(
+                "A DeepCacheSDHelper is enabled on this pipeline: expected none, since its cache and the gate would "
+                "undo each other. Call helper.disable(), and give "
+                f"deepcache=tgate_fx.DeepCache(interval={interval}, branch={branch}) to tgate_fx.gate or "
+                "tgate_fx.compile."
+            )

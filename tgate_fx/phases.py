@@ -1,0 +1,130 @@
+"""What runs a step: the contract, and the eager runner. The compiled runners have files of their own."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+
+from .errors import StateError
+from .inputs import canonical, on_meta
+from .network import Network
+from .roles import Roles
+from .schedule import Step
+from .split import Cache, PhaseResult
+
+
+class Phases(abc.ABC):
+    """Runs a denoiser's steps, each in its phase.
+
+    Attributes:
+        is_compiled: whether steps run compiled code.
+        graphs: how many graphs were compiled so far.
+        recompiles: how many of them in this generation, for a phase that had one before it.
+    """
+
+    is_compiled: ClassVar[bool]
+    graphs: int = 0
+    recompiles: int = 0
+
+    @abc.abstractmethod
+    def describe(self) -> str:
+        """Return how the phases run, in words for the report."""
+
+    @abc.abstractmethod
+    def uses_cuda_graphs(self, device: torch.device) -> bool:
+        """Return whether steps on this device may be CUDA-graph replays."""
+
+    @abc.abstractmethod
+    def needs_static_addresses(self, device: torch.device) -> bool:
+        """Return whether steps on this device read their cache in place, where it was when they were recorded."""
+
+    @abc.abstractmethod
+    def inductor_options(self, device: torch.device) -> dict[str, Any]:
+        """Return the options with which inductor compiles these phases ahead of time, for `tgate_fx.save`.
+
+        Raises:
+            StateError, UnsupportedError: they cannot be compiled ahead of time.
+        """
+
+    @abc.abstractmethod
+    def begin(self, pipe: Any, pipeline_class: type[Any], *, calls_back: bool) -> None:
+        """Begin a generation.
+
+        Args:
+            pipe: the pipeline.
+            pipeline_class: its class before it was gated.
+            calls_back: whether a callback of the user's runs between steps.
+
+        Raises:
+            UnsupportedError: something on the denoiser would be ignored.
+        """
+
+    @abc.abstractmethod
+    def __call__(self, step: Step, cache: Cache, inputs: dict[str, Any]) -> PhaseResult:
+        """Run one step.
+
+        Args:
+            step: which it is.
+            cache: for each kind of site that is REUSE, its cached tensors.
+            inputs: the denoiser's, by name.
+
+        Returns:
+            The denoiser's output, and what was captured of each kind of site.
+        """
+
+
+class EagerPhases(Phases):
+    """Runs each phase as it is, without compiling; captures only at the steps whose values are kept."""
+
+    is_compiled = False
+
+    def __init__(self, network: Network) -> None:
+        self._network = network
+
+    def describe(self) -> str:
+        """Return that they run eagerly."""
+        return "eager"
+
+    def uses_cuda_graphs(self, device: torch.device) -> bool:
+        """Return False."""
+        return False
+
+    def needs_static_addresses(self, device: torch.device) -> bool:
+        """Return False."""
+        return False
+
+    def inductor_options(self, device: torch.device) -> dict[str, Any]:
+        """Raise `StateError`: there are none."""
+        raise StateError("The pipeline is not compiled: expected one given to tgate_fx.compile.")
+
+    def begin(self, pipe: Any, pipeline_class: type[Any], *, calls_back: bool) -> None:
+        """Do nothing: what is on the modules when a step runs is what it runs."""
+
+    def __call__(self, step: Step, cache: Cache, inputs: dict[str, Any]) -> PhaseResult:
+        """Run one step; see `Phases`."""
+        roles = step.roles if any(cache) or any(step.keep) else Roles()
+        return self._network.function(roles)(cache, (), inputs)
+
+
+class Example(NamedTuple):
+    """How a phase was run, with every tensor on the meta device: its shape and dtype without its contents.
+
+    Attributes:
+        name: the phase's name in the report.
+        roles: what the sites did.
+        cache: what was given for the sites that were REUSE.
+        inputs: the denoiser's, as graphs are compiled for them.
+    """
+
+    name: str
+    roles: Roles
+    cache: Cache
+    inputs: dict[str, Any]
+
+
+def example(step: Step, cache: Cache, inputs: Mapping[str, Any]) -> Example:
+    """Return the example that one step makes."""
+    return Example(step.phase, step.roles, *on_meta((cache, canonical(inputs)[0])))

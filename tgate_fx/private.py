@@ -1,0 +1,363 @@
+"""The one door to private and undocumented names of torch, accelerate and diffusers (artifacts have one of their own).
+
+Each function says what it is for and what happens where a name is gone: a slower right answer, or an `UnsupportedError`
+when `tgate_fx.compile` is called. All were checked on torch 2.9, 2.11, 2.13 and 2.15, accelerate 1.0 and 1.15 and
+diffusers 0.35 and 0.42. Names are looked up when they are needed, since some take seconds to import.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+import threading
+import types
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import UnsupportedError
+
+# accelerate's hooks replace `module.forward` and keep the one they found here: beneath them is the place that survives
+# their being removed and added again (diffusers does so after every generation with CPU offload). Without the name,
+# what is put on a module that has such a hook is lost with the hook, and the gate is refused at the next generation.
+BENEATH_HOOK = "_old_forward"
+
+# What torch and diffusers keep on every module to say where it came from, or what is described apart. With another
+# name, artifacts are refused for a difference that does not count.
+MODULE_STATE = frozenset(("_modules", "_parameters", "_buffers", "_internal_dict", "_is_hf_initialized"))
+
+# The newest torch on which Dynamo was seen to keep the cache entry that ran last in front.
+_ORDER_SEEN = (2, 15)
+
+_own_lock = threading.RLock()
+
+
+def _find(path: str) -> Any:
+    """Return what a dotted name stands for, importing modules on the way; None if there is no such thing."""
+    parts = path.split(".")
+    found: Any = importlib.import_module(parts[0])
+    for index, part in enumerate(parts[1:], 2):
+        if not hasattr(found, part) and isinstance(found, types.ModuleType):
+            try:
+                importlib.import_module(".".join(parts[:index]))
+            except ImportError:
+                return None
+        found = getattr(found, part, None)
+        if found is None:
+            return None
+    return found
+
+
+def _require(path: str, purpose: str, instead: str) -> Any:
+    found = _find(path)
+    if found is None:
+        raise UnsupportedError(
+            f"torch {torch.__version__} has no {path}, which tgate_fx needs {purpose}: expected a torch from 2.9 to "
+            f"{'.'.join(map(str, _ORDER_SEEN))}. Install one, or {instead}."
+        )
+    return found
+
+
+def _patch(config: Any, **values: Any) -> AbstractContextManager[Any]:
+    patch: AbstractContextManager[Any] = config.patch(**values)
+    return patch
+
+
+# On modules and pipelines
+
+
+def is_compiled_in_place(module: nn.Module) -> bool:
+    """Return whether torch.compile runs this module, past any forward that is put on it. Without the names: the gate is
+    refused after a generation that went past it.
+    """
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Return whether forward hooks are on a module. Without the names: always, so that guards are checked."""
+    return any(getattr(module, name, True) for name in ("_forward_hooks", "_forward_pre_hooks"))
+
+
+def has_global_hooks() -> bool:
+    """Return whether forward hooks are registered for all modules, which compiled graphs do not run. Without the names:
+    compiling is refused.
+    """
+    names = ("_global_forward_hooks", "_global_forward_pre_hooks")
+    purpose, instead = "to see hooks that compiled graphs would not run", "use tgate_fx.gate, which does not compile"
+    return any(_require(f"torch.nn.modules.module.{name}", purpose, instead) for name in names)
+
+
+def version_of(tensor: torch.Tensor) -> int | None:
+    """Return how often a tensor was written to, None if that is not counted: its bits are read all the same."""
+    version: int | None = None if tensor.is_inference() else getattr(tensor, "_version", None)
+    return version
+
+
+def repeated_blocks(denoiser: nn.Module) -> tuple[str, ...]:
+    """Return the class names of the blocks that a model of diffusers repeats. Without the name: none are named."""
+    return tuple(getattr(denoiser, "_repeated_blocks", None) or ())
+
+
+def progress_bar_config(pipe: Any) -> dict[str, Any]:
+    """Return the settings of a pipeline's progress bar. Without the name: none."""
+    return dict(getattr(pipe, "_progress_bar_config", {}))
+
+
+def pop_step_count(pipe: Any) -> int | None:
+    """Take away the number of steps that a pipeline recorded, if any (``num_timesteps`` only reads it)."""
+    recorded: int | None = vars(pipe).pop("_num_timesteps", None)
+    return recorded
+
+
+def step_count_of(pipe: Any) -> int | None:
+    """Return the number of steps that a pipeline recorded. Without the name: None, and its scheduler says it."""
+    recorded: int | None = vars(pipe).get("_num_timesteps")
+    return recorded
+
+
+def set_step_count(pipe: Any, steps: int) -> None:
+    """Record a number of steps, unless the pipeline has recorded one."""
+    vars(pipe).setdefault("_num_timesteps", steps)
+
+
+# On torch.compile
+
+
+def check_can_compile(*, dynamic: bool, mode: str | None) -> None:
+    """Raise `UnsupportedError` if this torch lacks a name without which compiled phases would be wrong."""
+    hook_guards()
+    has_global_hooks()
+    _lookup_backend()
+    if dynamic:
+        sizes_apart()
+    if mode is not None:
+        mode_options(mode)
+
+
+def compile_lock() -> AbstractContextManager[Any]:
+    """Return the lock under which torch.compile compiles: tracers keep their state in one place for the whole process.
+
+    Without the name: a lock of tgate_fx's own, and tracing while another thread compiles may fail.
+    """
+    lock: AbstractContextManager[Any] | None = _find("torch._dynamo.convert_frame.compile_lock")
+    return _own_lock if lock is None else lock
+
+
+def last_run(code: types.CodeType) -> types.CodeType | None:
+    """Return what Dynamo made of this code when it last ran it, without its guards; None if that is not certain.
+
+    The public ``set_stance(skip_guard_eval_unsafe=True)`` leaves guards out too, but takes twice as long at every step
+    (125 µs instead of 51 to 61 around an SD-1.5 graph, torch 2.13), and for every thread of the process. Without the
+    names: None, and guards are checked at every step.
+    """
+    entries = _find("torch._dynamo.eval_frame._debug_get_cache_entry_list")
+    stance = _find("torch._dynamo.eval_frame._stance")
+    # Under another stance than these, none of the entries may have run.
+    if entries is None or getattr(stance, "stance", None) not in ("default", "fail_on_recompile"):
+        return None
+    found = entries(code)
+    if not found or (len(found) > 1 and _torch_version() > _ORDER_SEEN):
+        return None
+    last: types.CodeType | None = getattr(found[0], "code", None)
+    return last
+
+
+def _torch_version() -> tuple[int, ...]:
+    return tuple(int(part) for part in torch.__version__.split(".")[:2])
+
+
+def forget(code: types.CodeType) -> None:
+    """Drop the graphs that Dynamo keeps for this code. Without the name: they are kept as long as their modules are."""
+    reset = _find("torch._C._dynamo.eval_frame.reset_code")
+    if reset is not None:
+        reset(code)
+
+
+def hook_guards() -> AbstractContextManager[Any]:
+    """Return a context manager, to be entered often: hooks that are registered on modules later are noticed.
+
+    Without the name: compiling is refused.
+    """
+    purpose = "to notice hooks that are registered on modules later"
+    _require("torch._dynamo.config.skip_nnmodule_hook_guards", purpose, "use tgate_fx.gate, which does not compile")
+    return _patch(torch._dynamo.config, skip_nnmodule_hook_guards=False)
+
+
+def sizes_apart() -> AbstractContextManager[Any]:
+    """Return a context manager, to be entered often: sizes that are equal when a graph is made may differ later.
+
+    Without the name: ``dynamic=True`` is refused.
+    """
+    config = "torch.fx.experimental._config"
+    _require(f"{config}.use_duck_shape", "for dynamic=True", "leave dynamic out")
+    return _patch(_find(config), use_duck_shape=False)
+
+
+def can_freeze() -> bool:
+    """Return whether inductor has ``freezing``. Without the name: it is left out, which is slower on a CPU."""
+    return _find("torch._inductor.config.freezing") is not None
+
+
+def frozen_parameters() -> AbstractContextManager[Any]:
+    """Return a context manager, to be entered often: Dynamo leaves weights in graphs, as inductor's freezing needs.
+
+    Dynamo looks at inductor's own setting, not at the options.
+    """
+    return _patch(torch._inductor.config, freezing=True)
+
+
+def compile_errors() -> tuple[type[Exception], ...]:
+    """Return the error by which torch.compile says that a function cannot be compiled. Without the name: none, and
+    torch's own errors reach the user.
+    """
+    found = _find("torch._dynamo.exc.TorchDynamoException")
+    return () if found is None else (found,)
+
+
+def recompile_limit_errors() -> tuple[type[Exception], ...]:
+    """Return the error at torch.compile's recompile limit. Without the name: none, and torch's reaches the user."""
+    found = _find("torch._dynamo.exc.FailOnRecompileLimitHit")
+    return () if found is None else (found,)
+
+
+def mark_static_address(tensor: torch.Tensor) -> None:
+    """Tell CUDA graphs that this tensor will not move. Without the name: they copy it at every step."""
+    mark = _find("torch._dynamo.mark_static_address")
+    if mark is not None:
+        mark(tensor)
+
+
+def _lookup_backend() -> Callable[[Any], Callable[..., Any]]:
+    found: Callable[[Any], Callable[..., Any]] = _require(
+        "torch._dynamo.lookup_backend", "to hand graphs to compilers", "use tgate_fx.gate, which does not compile"
+    )
+    return found
+
+
+def backend_of(backend: str | Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function that compiles graphs, of a torch.compile backend. Without the name: compiling is refused."""
+    return _lookup_backend()(backend)
+
+
+def mode_options(mode: str) -> dict[str, Any]:
+    """Return the inductor options that a torch.compile mode stands for. Without the name: modes are refused."""
+    found = _require("torch._inductor.list_mode_options", "for a mode", "give options instead")
+    options: dict[str, Any] = found(mode)
+    return options
+
+
+def guarded_value(guard: Any) -> Any:
+    """Return what a guard of torch.compile's ``guard_filter_fn`` is about. Without the name: None, and regions compile
+    one by one.
+    """
+    return getattr(guard, "value", None)
+
+
+# On graphs
+
+
+def operator_namespaces() -> tuple[Any, ...]:
+    """Return where torch keeps its operators as functions. Without the name: dead code stays."""
+    return tuple(each for each in (torch, _find("torch._C._nn")) if each is not None)
+
+
+def is_api_statistic(function: Any) -> bool:
+    """Return whether a function only counts calls, for torch's statistics. Without the name: dead code stays."""
+    return function is not None and function is _find("torch._C._log_api_usage_once")
+
+
+def is_operator(function: Any) -> bool:
+    """Return whether a function is an ATen operator's overload. Without the name: dead code stays."""
+    cls = _find("torch._ops.OpOverload")
+    return cls is not None and isinstance(function, cls)
+
+
+def is_metadata_assertion(function: Any) -> bool:
+    """Return whether a function only asserts what torch.export knew of a tensor. Without the name: dead code stays."""
+    packet = getattr(torch.ops.aten, "_assert_tensor_metadata", None)
+    return packet is not None and function is packet.default
+
+
+def writes(operator: Any) -> bool:
+    """Return whether an ATen operator writes to its inputs. Without the name: it may, and dead code stays."""
+    return bool(getattr(getattr(operator, "_schema", None), "is_mutable", True))
+
+
+def returns(operator: Any) -> bool:
+    """Return whether an ATen operator returns anything. Without the name: it may not, and dead code stays."""
+    return bool(getattr(getattr(operator, "_schema", None), "returns", False))
+
+
+def inductor_modules() -> list[types.ModuleType]:
+    """Return the modules that inductor made and keeps; none before it is imported. Without the name: none, and frozen
+    weights are not freed before the process ends.
+    """
+    codecache = sys.modules.get("torch._inductor.codecache")
+    modules: list[types.ModuleType] = getattr(getattr(codecache, "PyCodeCache", None), "modules", [])
+    return modules
+
+
+@contextmanager
+def linear_layers_in_onednn() -> Iterator[None]:
+    """Context manager: inductor packs every linear layer of frozen CPU graphs for oneDNN. Without the names: by its own
+    choice, which is MKL for float32.
+
+    Enter it where Dynamo compiles, which it does in one thread at a time: the choice is the whole process's.
+    """
+    passes = _find("torch._inductor.fx_passes.mkldnn_fusion")
+    packer = _onednn_packer(passes)
+    if packer is None:
+        yield
+        return
+    choice = passes._get_mkldnn_device_op
+    passes._get_mkldnn_device_op = lambda device: packer if device == "cpu" else choice(device)
+    try:
+        yield
+    finally:
+        passes._get_mkldnn_device_op = choice
+
+
+def _onednn_packer(passes: Any) -> Any:
+    """Return what packs every layer for oneDNN; None if this inductor has no such hook."""
+    own: Any = getattr(passes, "CpuMkldnnDeviceOp", None)
+    names = ("pack_linear_weight", "pack_linear")
+    methods = [getattr(own, name, None) for name in names]
+    if not hasattr(passes, "_get_mkldnn_device_op") or not all(map(_takes_precision, methods)):
+        return None
+
+    # Inductor gives all layers of lower precision to oneDNN, and is told that every layer is one.
+    def always(name: str) -> Any:
+        return lambda self, graph, _, *rest: getattr(own, name)(self, graph, True, *rest)
+
+    return type("PacksForOnednn", (own,), {name: always(name) for name in names})()
+
+
+def _takes_precision(method: Any) -> bool:
+    return method is not None and list(inspect.signature(method).parameters)[1:3] == ["graph", "is_lp_weight"]
+
+
+# For benchmarks
+
+
+def fail_at_recompile_limit() -> AbstractContextManager[Any]:
+    """Return a context manager: torch.compile fails at its recompile limit instead of running eagerly from there on."""
+    return _patch(torch._dynamo.config, fail_on_recompile_limit_hit=True)
+
+
+def graphs_and_breaks() -> tuple[int, int]:
+    """Return how many graphs torch.compile made in this process, and how many graph breaks. Without the name: 0."""
+    counters = _find("torch._dynamo.utils.counters") or {}
+    return counters.get("stats", {}).get("unique_graphs", 0), sum(counters.get("graph_break", {}).values())
+
+
+def onednn_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Return a linear layer's product as oneDNN computes it. Without the name: as torch does."""
+    linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    if linear is None:
+        return torch.nn.functional.linear(left, right)
+    product: torch.Tensor = linear(left, right, None, "none", [], "")
+    return product

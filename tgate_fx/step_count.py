@@ -1,0 +1,35 @@
+"""How many steps a generation will take, as its pipeline says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from . import private
+
+
+def step_count(pipe: Any) -> int | None:
+    """Return how many times the denoising loop that has just begun will call the denoiser, or None if unknown.
+
+    Pipelines that cut their timesteps short (image-to-image, ``denoising_end``) record the number that is left; the
+    others run all of their scheduler's timesteps from its begin index on.
+    """
+    recorded = private.step_count_of(pipe)
+    if recorded is not None:
+        return int(recorded)
+    timesteps = getattr(pipe.scheduler, "timesteps", None)
+    if timesteps is None:
+        return None
+    return len(timesteps) - (getattr(pipe.scheduler, "begin_index", None) or 0)
+
+
+@contextmanager
+def fresh_step_count(pipe: Any) -> Iterator[None]:
+    """Context manager: a recorded number of steps is one that this generation has recorded itself."""
+    before = private.pop_step_count(pipe)
+    try:
+        yield
+    finally:
+        if before is not None:
+            private.set_step_count(pipe, before)
