@@ -28,10 +28,10 @@ import torch
 
 import tgate_fx
 from tests import tiny
-from tgate_fx.architectures import ARCHITECTURES
 from tgate_fx.bench.machine import machine
 from tgate_fx.bench.workload import PIPELINES, Workload
-from tgate_fx.variant import Variant
+from tgate_fx.compiled.variant import Variant
+from tgate_fx.macs.architectures import ARCHITECTURES
 
 RESULTS = Path(__file__).parent / "results" / "overhead.json"
 

@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tests.conftest import CountingBackend
-from tgate_fx.backend import PrunedBackend
+from tgate_fx.compiled.backend import PrunedBackend
 
 
 def in_place(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

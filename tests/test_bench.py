@@ -15,16 +15,16 @@ import pytest
 import torch
 
 from tests.conftest import run
-from tgate_fx import macs
-from tgate_fx.architectures import ARCHITECTURES
 from tgate_fx.bench import contenders, machine, plots, tables
 from tgate_fx.bench.contenders import CONTENDERS, LADDER, applicable
 from tgate_fx.bench.race import Outcome, Race, _Runner, groups
 from tgate_fx.bench.results import results
 from tgate_fx.bench.worker import Finished, Ready, Timing
 from tgate_fx.bench.workload import PIPELINES, Workload
+from tgate_fx.compiled.settings import CompileSettings
+from tgate_fx.macs.architectures import ARCHITECTURES
+from tgate_fx.macs.count import count as macs
 from tgate_fx.schedule import Schedule
-from tgate_fx.settings import CompileSettings
 
 WORKLOAD = Workload("demo", 16, 5, (2,), "float32")
 GEMM = {0: [100.0], 1: [100.0]}

@@ -14,10 +14,10 @@ import tgate_fx
 from tests import tiny
 from tests.conftest import CountingBackend
 from tests.test_refusals import says
-from tgate_fx import variant
-from tgate_fx.frozen_weights import FrozenWeights
+from tgate_fx.compiled import variant
+from tgate_fx.compiled.frozen_weights import FrozenWeights
+from tgate_fx.compiled.settings import CompileSettings
 from tgate_fx.inputs import canonical
-from tgate_fx.settings import CompileSettings
 
 
 def compiled(family: str, backend: Any, **kwargs: Any) -> Any:

@@ -13,7 +13,8 @@ from benchmarks import cuda_graphs
 from tests import tiny
 from tests.replay import ReplayBackend, ReplayError, copies_of
 from tests.test_refusals import says
-from tgate_fx import cache, settings, whole
+from tgate_fx import cache
+from tgate_fx.compiled import settings, whole
 
 _FIRST = ("pixart-alpha", "svd")
 _DEEPCACHE = tgate_fx.DeepCache(interval=2, branch=0)

@@ -14,9 +14,9 @@ from torch import nn
 
 import tgate_fx
 from tests import tiny
-from tgate_fx.frozen_weights import FrozenWeights
-from tgate_fx.settings import CompileSettings
-from tgate_fx.variant import Variant
+from tgate_fx.compiled.frozen_weights import FrozenWeights
+from tgate_fx.compiled.settings import CompileSettings
+from tgate_fx.compiled.variant import Variant
 
 KWARGS = {**tiny.inputs("sd"), "num_inference_steps": 3}
 

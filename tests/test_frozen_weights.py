@@ -14,9 +14,9 @@ from torch import nn
 import tgate_fx
 from tests import tiny
 from tests.conftest import CountingBackend
-from tgate_fx.checksum import checksum
-from tgate_fx.frozen_weights import FrozenWeights
-from tgate_fx.settings import CompileSettings
+from tgate_fx.compiled.checksum import checksum
+from tgate_fx.compiled.frozen_weights import FrozenWeights
+from tgate_fx.compiled.settings import CompileSettings
 
 
 def held(module: nn.Module) -> FrozenWeights:

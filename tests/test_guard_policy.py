@@ -15,7 +15,7 @@ from torch import nn
 import tgate_fx
 from tests import tiny
 from tests.conftest import CountingBackend
-from tgate_fx.guard_policy import runs_only_known_code
+from tgate_fx.compiled.guard_policy import runs_only_known_code
 
 FREEU = {"s1": 0.9, "s2": 0.2, "b1": 1.2, "b2": 1.4}
 KWARGS = {**tiny.inputs("sd"), "num_inference_steps": 7}

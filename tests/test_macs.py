@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from tests.conftest import run
-from tgate_fx import macs
-from tgate_fx.architectures import ARCHITECTURES, Architecture
-from tgate_fx.macs import Cost, Generation, image_cost, parameters, phase_cost, step_costs
-from tgate_fx.macs_table import PUBLISHED, published_rows
+from tgate_fx.macs.architectures import ARCHITECTURES, Architecture
+from tgate_fx.macs.count import Cost, Generation, image_cost, parameters, phase_cost, step_costs
+from tgate_fx.macs.count import count as macs
+from tgate_fx.macs.table import PUBLISHED, published_rows
 from tgate_fx.roles import Role, Roles
 from tgate_fx.schedule import Schedule
 

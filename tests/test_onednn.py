@@ -8,9 +8,9 @@ from torch import nn
 from torch._inductor.fx_passes import mkldnn_fusion
 from torch._inductor.utils import run_and_get_code
 
-from tgate_fx import onednn
-from tgate_fx.settings import CompileSettings
-from tgate_fx.variant import Variant
+from tgate_fx.compiled import onednn
+from tgate_fx.compiled.settings import CompileSettings
+from tgate_fx.compiled.variant import Variant
 
 has_both = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
 pytestmark = pytest.mark.skipif(not has_both, reason="this torch has oneDNN or MKL, not both")

@@ -11,8 +11,8 @@ import tgate_fx
 from tests import tiny
 from tests.test_compile import relative_error
 from tests.test_refusals import says
-from tgate_fx import openvino
-from tgate_fx.settings import CompileSettings
+from tgate_fx.compiled import openvino
+from tgate_fx.compiled.settings import CompileSettings
 
 
 @pytest.mark.parametrize(

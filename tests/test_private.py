@@ -20,9 +20,10 @@ from tests import tiny
 from tests.conftest import CountingBackend
 from tests.replay import ReplayBackend
 from tests.test_refusals import says
-from tgate_fx import dead_code, forward_patch, private, regional, settings, variant
+from tgate_fx import forward_patch, private
 from tgate_fx.artifact import fingerprint
 from tgate_fx.artifact import private as aot
+from tgate_fx.compiled import dead_code, regional, settings, variant
 
 KWARGS = {**tiny.inputs("sd"), "num_inference_steps": 5}
 

@@ -12,8 +12,8 @@ import tgate_fx
 from tests import tiny
 from tests.conftest import CountingBackend
 from tests.test_refusals import says
+from tgate_fx.compiled.settings import CompileSettings
 from tgate_fx.forward_patch import ForwardPatch
-from tgate_fx.settings import CompileSettings
 
 _FIRST = ("sd", "sdxl", "pixart-alpha", "svd")
 SETTINGS = [

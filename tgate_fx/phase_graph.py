@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from . import private
-from .dead_code import remove_dead_code
+from .compiled.dead_code import remove_dead_code
 from .errors import CompileError, StateError
 from .gated import Gated
 from .inputs import zeros_like

@@ -8,6 +8,9 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from .compiled.regional import RegionalPhases
+from .compiled.settings import CompileSettings
+from .compiled.whole import WholePhases
 from .deepcache import DeepCache
 from .dispatch import COPIED, SPLIT, Dispatch
 from .errors import ArgumentError, StateError, UnsupportedError
@@ -17,14 +20,11 @@ from .ladder import measure_ladder
 from .network import Network, check_not_compiled, find_denoiser
 from .phase_graph import PhaseGraph, graphs_of
 from .phases import EagerPhases
-from .regional import RegionalPhases
 from .report import Report
 from .roles import Kind
 from .schedule import Schedule
-from .settings import CompileSettings
 from .sites import SiteInfo, SiteList, find_sites
 from .split import split as split_functions
-from .whole import WholePhases
 
 Pipeline = TypeVar("Pipeline")
 

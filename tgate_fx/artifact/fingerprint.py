@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checksum import checksum
+from ..compiled.checksum import checksum
 from ..dispatch import DISPATCH
 from ..forward_patch import ForwardPatch
 from ..private import MODULE_STATE

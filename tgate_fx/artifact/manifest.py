@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checksum import checksum
-from ..cpu import processor
+from ..compiled.checksum import checksum
+from ..compiled.cpu import processor
 from ..errors import StateError
 from . import fingerprint
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..compiled.frozen_weights import FrozenWeights
+from ..compiled.guard_policy import check_no_global_hooks, runs_only_known_code
 from ..errors import StateError
-from ..frozen_weights import FrozenWeights
-from ..guard_policy import check_no_global_hooks, runs_only_known_code
 from ..inputs import canonical, latents_of, map_tensors
 from ..phase_graph import DENOISER
 from ..phases import Phases

@@ -12,10 +12,10 @@ import torch
 import tgate_fx
 
 from .. import private
-from ..backend import PrunedBackend
+from ..compiled.backend import PrunedBackend
+from ..compiled.settings import CompileSettings
 from ..network import find_denoiser
 from ..schedule import Schedule
-from ..settings import CompileSettings
 from .workload import Workload
 
 # Runs an image of some steps, gated at one of them if the contender is gated; returns the final latents.

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from .. import private
-from ..cpu import cpuinfo
+from ..compiled.cpu import cpuinfo
 
 _PACKAGES = ("torch", "diffusers", "transformers", "tgate_fx", "tgate", "DeepCache", "openvino")
 

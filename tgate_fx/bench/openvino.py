@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..compiled.openvino import compile_function
 from ..inputs import map_tensors
-from ..openvino import compile_function
 
 
 def convert(denoiser: nn.Module, dtype: torch.dtype) -> None:

@@ -7,8 +7,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from ..architectures import ARCHITECTURES
-from ..macs import Generation, image_cost, step_costs
+from ..macs.architectures import ARCHITECTURES
+from ..macs.count import Generation, image_cost, step_costs
 from .contenders import CONTENDERS, DEEPCACHE, Contender
 from .machine import machine
 from .race import Outcome, Race

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..architectures import ARCHITECTURES
+from ..macs.architectures import ARCHITECTURES
 
 _BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 

@@ -59,11 +59,11 @@ def bench(
     """
     for gate in gates:
         check_gated(gate, steps)
-    from ..architectures import ARCHITECTURES
     from ..bench import plots, tables
     from ..bench.contenders import CONTENDERS, LADDER, applicable
     from ..bench.race import Race, race
     from ..bench.results import results
+    from ..macs.architectures import ARCHITECTURES
 
     unknown = [name for name in only if name not in CONTENDERS]
     if unknown or (only and ladder):

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
-from ..architectures import ARCHITECTURES
 from ..deepcache import DeepCache
+from ..macs.architectures import ARCHITECTURES
 from ..schedule import AFTER_GATE, Schedule
 from .options import GateStep, OutFile
 
@@ -42,8 +42,8 @@ def macs(
 
     With --arch the other options say what is counted: a step of each phase, and the whole image.
     """
-    from .. import macs_table
-    from ..macs import Generation
+    from ..macs import table as macs_table
+    from ..macs.count import Generation
 
     if arch is None:
         rows = macs_table.published_rows()

@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-from . import private
+from .. import private
+from ..errors import CompileError, TGateError
+from ..phases import Phases
+from ..roles import Roles
+from ..schedule import Step
 from .backend import PrunedBackend
-from .errors import CompileError, TGateError
 from .frozen_weights import FrozenWeights
 from .guard_policy import check_no_global_hooks
-from .phases import Phases
-from .roles import Roles
-from .schedule import Step
 from .settings import CompileSettings
 
 

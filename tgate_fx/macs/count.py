@@ -11,12 +11,12 @@ from torch.nn import functional as F  # noqa: N812
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..deepcache import find_deep_branch
+from ..roles import Kind, Role, Roles
+from ..schedule import Schedule
+from ..sites import Sites
+from ..split import EMPTY_CACHE, Cache, phase_function
 from .architectures import ARCHITECTURES
-from .deepcache import find_deep_branch
-from .roles import Kind, Role, Roles
-from .schedule import Schedule
-from .sites import Sites
-from .split import EMPTY_CACHE, Cache, phase_function
 
 
 class Cost(NamedTuple):

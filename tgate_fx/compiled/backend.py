@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from . import openvino, private
+from .. import private
+from . import openvino
 from .dead_code import may_have_an_effect, remove_dead_code
 from .freed_graphs import made_modules, release_with
 from .frozen_weights import FrozenWeights

@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 
-from .errors import UnsupportedError
+from ..errors import UnsupportedError
+from ..inputs import canonical, latents_of, map_tensors, memory_format
+from ..network import Network
+from ..schedule import Step
+from ..split import Cache, PhaseResult
 from .frozen_weights import FrozenWeights
 from .guard_policy import runs_only_known_code
-from .inputs import canonical, latents_of, map_tensors, memory_format
-from .network import Network
-from .schedule import Step
 from .settings import CompileSettings
-from .split import Cache, PhaseResult
 from .variant import CompiledPhases, Variant
 
 

@@ -14,9 +14,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ..schedule import Schedule
 from .architectures import ARCHITECTURES
-from .macs import Cost, Generation, image_cost, parameters, step_costs
-from .schedule import Schedule
+from .count import Cost, Generation, image_cost, parameters, step_costs
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .errors import UnsupportedError
+from ..errors import UnsupportedError
 
 # What OpenVINO is told to compute in; left to itself it takes bfloat16 wherever the processor can.
 _PRECISIONS = {torch.float16: "f16", torch.bfloat16: "bf16"}

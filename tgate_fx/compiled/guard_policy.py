@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import nn
 
-from . import private
-from .errors import UnsupportedError
-from .forward_patch import ForwardPatch
+from .. import private
+from ..errors import UnsupportedError
+from ..forward_patch import ForwardPatch
 
 # Pipelines of diffusers whose loop changes nothing on the denoiser. (StableDiffusionGLIGENPipeline's does.)
 _LOOPS = frozenset(

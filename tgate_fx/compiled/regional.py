@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import private
-from .errors import UnsupportedError
-from .inputs import latents_of
-from .network import Network
-from .roles import Kind, Role
-from .schedule import Step
+from .. import private
+from ..errors import UnsupportedError
+from ..inputs import latents_of
+from ..network import Network
+from ..roles import Kind, Role
+from ..schedule import Step
+from ..sites import Part, Site, Sites
+from ..split import Cache, PhaseResult, run_in_roles
 from .settings import CompileSettings
-from .sites import Part, Site, Sites
-from .split import Cache, PhaseResult, run_in_roles
 from .variant import CompiledPhases, Variant
 
 

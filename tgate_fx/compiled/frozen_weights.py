@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from . import private
+from .. import private
+from ..errors import UnsupportedError
 from .checksum import checksum
-from .errors import UnsupportedError
 
 _GLANCE = 2**13  # elements
 

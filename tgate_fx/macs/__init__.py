@@ -1,0 +1,1 @@
+"""Multiply-adds and parameters of schedules, counted without weights."""
