@@ -34,7 +34,7 @@ artifact.save artifact.load
 tgate_fx
 macs.architectures macs.count macs.table
 demo.scenes demo.grid demo demo.compare
-bench.machine bench.workload bench.openvino bench.contenders bench.worker bench.results bench.race
+bench.machine bench.workload bench.openvino bench.contenders bench.worker bench.race bench.results
 bench.plots bench.tables
 commands.options commands.macs commands.demo commands.bench commands
 __main__
@@ -42,6 +42,11 @@ __main__
 
 # Folders that stand apart: no module of one imports from another, but for what is named.
 WINGS = {"compiled": set(), "artifact": {"compiled"}, "macs": set()}
+
+# What subclasses in other modules use of GuidanceForm, ForwardPatch, Part and CompiledPhases, on themselves.
+INHERITED = frozenset(
+    ("_batched", "_branch", "_channels_dim", "_module", "_sites", "_settings", "_variants", "_device", "_call_variant")
+)
 
 # The doors to private names of torch, accelerate and diffusers.
 DOORS = ("private", "artifact.private")
@@ -89,14 +94,20 @@ def test_modules_import_downwards(name: str) -> None:
         assert others <= WINGS[wing]
 
 
+def is_own(attribute: ast.Attribute) -> bool:
+    return isinstance(attribute.value, ast.Name) and attribute.value.id in ("self", "cls")
+
+
 def own_names(tree: ast.Module) -> set[str]:
     """What a module defines itself: functions, classes, variables and attributes of ``self`` and ``cls``."""
     names: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             names.add(node.name)
-        elif isinstance(node, (ast.Name, ast.Attribute)) and isinstance(node.ctx, ast.Store):
-            names.add(node.id if isinstance(node, ast.Name) else node.attr)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and is_own(node):
+            names.add(node.attr)
     return names
 
 
@@ -104,24 +115,15 @@ def own_names(tree: ast.Module) -> set[str]:
 def test_modules_know_no_name_that_is_private_to_another(name: str) -> None:
     """Nor do they get at one by a string."""
     own = own_names(trees()[name]) | {"_replace"}  # of a NamedTuple: documented
-    inherited = {"_batched", "_branch", "_channels_dim"} if name == "one_batch" else set()  # from GuidanceForm
-    inherited |= {
-        "_sites",
-        "_settings",
-        "_variants",
-        "_device",
-        "_call_variant",
-        "_module",
-    }  # Part, CompiledPhases
     known: list[str] = []
+    in_text = {id(part) for node in ast.walk(trees()[name]) if isinstance(node, ast.JoinedStr) for part in node.values}
     for node in ast.walk(trees()[name]):
         if isinstance(node, ast.Attribute):
-            on_self = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
-            known += [node.attr] if not (on_self and node.attr in inherited) else []
+            known += [node.attr] if not (is_own(node) and node.attr in INHERITED) else []
         elif isinstance(node, (ast.Import, ast.ImportFrom)):
             known += [part for each in node.names for part in each.name.split(".")]
             known += (getattr(node, "module", None) or "").split(".")
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in in_text:
             known += re.findall(r"^_[a-z]\w*$|(?<=torch\.)_\w+", node.value) if " " not in node.value else []
     private = [each for each in known if re.fullmatch(r"_[a-zA-Z]\w*", each)]
     assert [each for each in private if each not in own and not each.startswith("_tgate")] == []

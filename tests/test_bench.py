@@ -22,8 +22,8 @@ from tgate_fx.bench.results import results
 from tgate_fx.bench.worker import Finished, Ready, Timing
 from tgate_fx.bench.workload import PIPELINES, Workload
 from tgate_fx.compiled.settings import CompileSettings
+from tgate_fx.macs import count as macs
 from tgate_fx.macs.architectures import ARCHITECTURES
-from tgate_fx.macs.count import count as macs
 from tgate_fx.schedule import Schedule
 
 WORKLOAD = Workload("demo", 16, 5, (2,), "float32")

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.conftest import run
+from tgate_fx.macs import count as macs
 from tgate_fx.macs.architectures import ARCHITECTURES, Architecture
 from tgate_fx.macs.count import Cost, Generation, image_cost, parameters, phase_cost, step_costs
-from tgate_fx.macs.count import count as macs
-from tgate_fx.macs.table import PUBLISHED, published_rows
+from tgate_fx.macs.table import PUBLISHED, published_rows, show
 from tgate_fx.roles import Role, Roles
 from tgate_fx.schedule import Schedule
 
@@ -133,6 +135,33 @@ def test_the_command_counts_one_schedule(monkeypatch: pytest.MonkeyPatch, capsys
     said = capsys.readouterr().out
     for part in ("a step: pre-gate, shallow", "0.256T", "a step: post-gate, shallow", "0.128T", "the image", "39.199T"):
         assert part in said
+
+
+def test_rows_fit_into_80_columns_a_line_each(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    rows = [
+        {"model": "SDXL", "variant": line.variant, "macs": 149.4e12, "params": 2.57e9, "macs_with_attention": 168.1e12}
+        | {"limit": 1.234, "page_macs": 149.4e12, "page_params": 2.57e9}
+        for line in PUBLISHED
+    ]
+    show(rows)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert [line[2:28].strip() for line in lines[3:]] == [row["variant"] for row in rows]
+    assert all(line.rstrip().endswith("1.234x") for line in lines[3:])
+
+
+def test_python_m_does_what_the_command_does() -> None:
+    module = [sys.executable, "-m", "tgate_fx", "macs", "--help"]
+    command = [sys.executable, "-c", "import sys; sys.argv[0] = 'tgate-fx'; from tgate_fx.commands import main; main()"]
+    said = [
+        subprocess.run(each, capture_output=True, text=True, check=True).stdout
+        for each in (module, command + module[3:])
+    ]
+    assert "Count multiply-adds" in said[0]
+    assert said[0].splitlines()[1:] == said[1].splitlines()[1:]
 
 
 def test_without_a_gated_step_all_parameters_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

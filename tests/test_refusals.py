@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from typing import Any
 
@@ -50,6 +51,10 @@ def test_gate_steps(how: Any, value: Any, pipe: Any, plain: torch.Tensor) -> Non
 def test_unknown_keywords(how: Any, pipe: Any) -> None:
     with pytest.raises(tgate_fx.ArgumentError, match=says("Unknown keyword gate_stepp, interval", "expected")):
         how(pipe, gate_stepp=3, interval=2)
+    with pytest.raises(tgate_fx.ArgumentError, match=says("gate_stepp", "Did you mean gate_step?")):
+        how(pipe, gate_stepp=3)
+    kinds = {parameter.kind for parameter in inspect.signature(how).parameters.values()}
+    assert kinds == {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}  # editors see a typo
     with pytest.raises(tgate_fx.ArgumentError, match=says("after_gate='cond'", "'negative', 'positive', 'both'")):
         how(pipe, after_gate="cond")
 

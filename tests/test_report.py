@@ -110,6 +110,18 @@ def test_the_ladder_times_what_the_generation_did(
     assert torch.equal(result, tiny.latents(tgate_fx.gate(tiny.sd(), **{"gate_step": 3, **settings}), **inputs))
 
 
+def test_columns_are_aligned_under_long_phase_names() -> None:
+    pipe = tgate_fx.gate(tiny.make("sd-small"), gate_step=3, sp_interval=2)
+    tiny.latents(pipe, **tiny.inputs("sd"), num_inference_steps=5)
+    report = tgate_fx.report(pipe)
+    phases = {step.phase for step in report.steps}
+    assert phases == {"pre-gate", "pre-gate, self-attention reused", "post-gate"}
+    lines = str(report).splitlines()[2:]
+    assert len({len(line) for line in lines}) == 1
+    assert all(line[7:].startswith(step.phase) for line, step in zip(lines[1:], report.steps, strict=True))
+    assert {line.rindex(" ") - line.rindex(".") for line in lines[1:]} == {lines[1].rindex(" ") - lines[1].rindex(".")}
+
+
 def test_the_ladder_ends_with_what_the_compiled_generation_took() -> None:
     pipe = tgate_fx.compile(tiny.make("sd-small"), gate_step=2, backend="eager")
     inputs = {**tiny.inputs("sd"), "num_inference_steps": 4}

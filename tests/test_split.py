@@ -248,6 +248,14 @@ def test_sites_are_listed_without_a_gate() -> None:
     assert tgate_fx.sites(tgate_fx.gate(pipe)) == listed
 
 
+def test_printed_sites_have_a_line_each() -> None:
+    listed = tgate_fx.sites(tgate_fx.gate(tiny.sd(), gate_step=2, sp_interval=2))
+    first, *lines = str(listed).splitlines()
+    assert first == "4 × cross-attention, 4 × self-attention"
+    assert [tuple(line.split()) for line in lines] == [tuple(site) for site in listed]
+    assert len({line.index(" " + site.kind) for line, site in zip(lines, listed, strict=True)}) == 1
+
+
 def test_attention_over_frames_is_not_a_site() -> None:
     model = UNetMotionModel(
         block_out_channels=(16, 32),

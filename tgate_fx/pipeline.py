@@ -106,8 +106,8 @@ def compile(
             ``mode`` is given or ``options={"freezing": False}``: it packs the weights for this CPU, and is what makes
             inductor faster than eager there. Each phase then keeps its own copy of the weights; weights that change
             later are noticed, and compiled again. ``"openvino"`` computes by OpenVINO's CPU plugin (not by torch's
-            backend of that name, see `tgate_fx.openvino`), which holds the weights too; ``options`` are then properties
-            for its ``compile_model``.
+            backend of that name, see `tgate_fx.compiled.openvino`), whose graphs are frozen too; ``options`` are then
+            properties for its ``compile_model``.
         dynamic: True for graphs that serve all sizes (of PixArt, with ``regional`` only); None or False for graphs of
             each.
         regional: compile the denoiser's repeated blocks, one graph for all that are alike, and run what is between

@@ -278,8 +278,7 @@ def is_operator(function: Any) -> bool:
 
 def is_metadata_assertion(function: Any) -> bool:
     """Return whether a function only asserts what torch.export knew of a tensor. Without the name: dead code stays."""
-    packet = getattr(torch.ops.aten, "_assert_tensor_metadata", None)
-    return packet is not None and function is packet.default
+    return function is not None and function is _find("torch.ops.aten._assert_tensor_metadata.default")
 
 
 def writes(operator: Any) -> bool:
@@ -356,7 +355,7 @@ def graphs_and_breaks() -> tuple[int, int]:
 
 def onednn_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Return a linear layer's product as oneDNN computes it. Without the name: as torch does."""
-    linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    linear = _find("torch.ops.mkldnn._linear_pointwise")
     if linear is None:
         return torch.nn.functional.linear(left, right)
     product: torch.Tensor = linear(left, right, None, "none", [], "")

@@ -22,7 +22,7 @@ class WholePhases(CompiledPhases):
 
     Guards are what torch.compile checks at every call, to see that a graph still fits the modules and inputs it was
     made for. Within one generation they are checked at a phase's first step, and after that only the signature of the
-    inputs is. Where anything but known code may change the modules between two steps (`tgate_fx.guard_policy`), they
+    inputs is. Where anything but known code may change the modules between two steps (`guard_policy`), they
     are checked at every step.
 
     Raises:

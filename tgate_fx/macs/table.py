@@ -134,8 +134,8 @@ def _tera(value: float) -> str:
     return f"{value / 1e12:.3f}T"
 
 
-def _mega(value: float) -> str:
-    return f"{value / 1e6:.3f}M"
+def _parameters(value: float) -> str:
+    return f"{value / 1e6:.3f}M" if value < 1e9 else f"{value / 1e9:.3f}G"
 
 
 _COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
@@ -143,8 +143,8 @@ _COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("steps", "steps", str),
     ("macs", "MACs", _tera),
     ("page_macs", "publ.", _tera),
-    ("params", "params", _mega),
-    ("page_params", "publ.", _mega),
-    ("macs_with_attention", "with attn.", _tera),
+    ("params", "params", _parameters),
+    ("page_params", "publ.", _parameters),
+    ("macs_with_attention", "+ attn.", _tera),
     ("limit", "limit", lambda limit: f"{limit:.3f}x"),
 )
