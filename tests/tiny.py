@@ -1,13 +1,17 @@
-"""Tiny pipelines of the real classes with random weights, made in memory: no network, no files."""
+"""Tiny pipelines of the real classes with random weights, made without a network."""
 
 from __future__ import annotations
 
 import functools
+import json
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+import transformers
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLTemporalDecoder,
@@ -16,7 +20,6 @@ from diffusers import (
     UNetSpatioTemporalConditionModel,
 )
 from transformers import (
-    CLIPImageProcessorPil,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -27,6 +30,9 @@ from transformers import (
 
 TOKENS = 77
 TEXT_WIDTH = 32
+
+# transformers 5 has two, of which this one needs no torchvision; transformers 4 has one, which needs none.
+_IMAGE_PROCESSOR = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
 
 # For a UNet of one block on each way and one between them, which compiles fastest.
 ONE_BLOCK = {
@@ -45,7 +51,13 @@ def tokenizer() -> CLIPTokenizer:
     merges = [("c", "a"), ("ca", "t</w>"), ("d", "o"), ("do", "g</w>"), ("r", "e"), ("re", "d</w>")]
     vocab["<|startoftext|>"] = len(vocab)
     vocab["<|endoftext|>"] = len(vocab)
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TOKENS)
+    if transformers.__version__ >= "5":
+        return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TOKENS)
+    with tempfile.TemporaryDirectory() as folder:  # transformers 4 reads them from files only
+        files = Path(folder, "vocab.json"), Path(folder, "merges.txt")
+        files[0].write_text(json.dumps(vocab))
+        files[1].write_text("\n".join(["#version: 0.2", *map(" ".join, merges), ""]))
+        return CLIPTokenizer(*map(str, files), model_max_length=TOKENS)
 
 
 def text_encoder(cls: type[Any] = CLIPTextModel, width: int = TEXT_WIDTH) -> Any:
@@ -197,7 +209,7 @@ def svd(seed: int = 0) -> Any:
                 timestep_type="continuous",
                 use_karras_sigmas=True,
             ),
-            feature_extractor=CLIPImageProcessorPil(crop_size=32, size={"shortest_edge": 32}),
+            feature_extractor=_IMAGE_PROCESSOR(crop_size=32, size={"shortest_edge": 32}),
         )
     )
 
