@@ -22,7 +22,13 @@ LATENT_SIZE = SIZE // 4
 
 
 def tokenizer() -> CLIPTokenizer:
-    """A CLIP tokenizer that holds each of the captions' words as one token, and spells other words in letters."""
+    """A CLIP tokenizer of this vocabulary, made as transformers 5 makes it."""
+    vocab, merges = vocabulary()
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TOKENS)
+
+
+def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Tokens and merges, by which each of the captions' words is one token, and other words are spelled in letters."""
     said = " ".join([*SIZES, *COLOURS, *SHAPES, *BACKGROUNDS, *TEXTURES, *LAYOUTS])
     words = sorted(set(re.findall(r"\w+", said + " a and in the left right of above below on background")))
     letters = [chr(code) for code in range(33, 127)]
@@ -30,7 +36,7 @@ def tokenizer() -> CLIPTokenizer:
     tokens = [*letters, *[letter + "</w>" for letter in letters], *map("".join, merges)]
     vocab = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
     vocab |= {"<|startoftext|>": len(vocab), "<|endoftext|>": len(vocab) + 1}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TOKENS)
+    return vocab, merges
 
 
 def _merges(words: list[str]) -> list[tuple[str, str]]:

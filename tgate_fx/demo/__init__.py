@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
+    from transformers import PreTrainedTokenizerBase
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -20,9 +21,18 @@ def load() -> StableDiffusionPipeline:
     from diffusers import StableDiffusionPipeline
 
     pipe: Any = StableDiffusionPipeline.from_pretrained(  # type: ignore[no-untyped-call]
-        str(WEIGHTS), local_files_only=True
+        str(WEIGHTS), tokenizer=None, local_files_only=True
     )
+    pipe.register_modules(tokenizer=tokenizer())
     for module in (pipe.text_encoder, pipe.unet, pipe.vae):
         module.float()  # the weights are stored in half precision
     loaded: StableDiffusionPipeline = pipe
+    return loaded
+
+
+def tokenizer() -> PreTrainedTokenizerBase:
+    """The pipeline's tokenizer. (The class that it names reads its file in transformers 5, but not in 4.)"""
+    from transformers import AutoTokenizer
+
+    loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(WEIGHTS / "tokenizer", local_files_only=True)
     return loaded

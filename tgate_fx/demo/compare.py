@@ -12,12 +12,11 @@ import torch
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from transformers import CLIPTokenizer
 
 import tgate_fx
 
 from ..errors import ArgumentError
-from . import WEIGHTS, load
+from . import load, tokenizer
 from .grid import grid
 
 
@@ -51,9 +50,9 @@ def compare(
     Raises:
         ArgumentError: a gate that is none, or a prompt with words that the embedded pipeline does not know.
     """
-    tokenizer = CLIPTokenizer.from_pretrained(WEIGHTS / "tokenizer")
+    words = tokenizer()
     for prompt in prompts:
-        _check_words(tokenizer, prompt)
+        _check_words(words, prompt)
     pipe = load()
     if compiled:
         tgate_fx.compile(pipe, gate_step=None)
