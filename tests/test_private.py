@@ -18,7 +18,7 @@ from torch import nn
 import tgate_fx
 from tests import tiny
 from tests.conftest import CountingBackend
-from tests.replay import ReplayBackend
+from tests.replay import ReplayBackend, copies_of
 from tests.test_refusals import says
 from tgate_fx import forward_patch, private
 from tgate_fx.artifact import fingerprint
@@ -99,6 +99,17 @@ def test_generations_are_right_without(
     tgate_fx.restore(pipe)
 
 
+def test_modes_of_other_backends_are_none_of_its_business() -> None:
+    given: list[object] = []
+
+    def custom(graph: torch.fx.GraphModule, inputs: list[Any], **kwargs: Any) -> Any:
+        given.append(kwargs)
+        return graph.forward
+
+    assert torch.equal(tiny.latents(compiled(custom, mode="my-mode"), **KWARGS), expected())
+    assert given == [{"mode": "my-mode"}] * 2
+
+
 def test_the_entry_that_ran_last_is_in_front() -> None:
     """What leaving the guards out rests on, where one function has several graphs."""
 
@@ -162,8 +173,8 @@ def test_a_lock_of_its_own(take: Take) -> None:
 
 
 @pytest.mark.parametrize("name", ["torch._ops.OpOverload", "torch.ops.aten._assert_tensor_metadata.default"])
-def test_graphs_keep_what_nothing_uses(name: str, take: Take) -> None:
-    """The post-gate graph, which then may read the text, is refused by its own check, and the others are whole."""
+def test_graphs_are_traced_without(name: str, take: Take) -> None:
+    """FX's own rule decides then, and may keep more."""
     pipe = tgate_fx.gate(tiny.make("sd-small"), gate_step=2)
     tiny.latents(pipe, **KWARGS)
     before = sum(tgate_fx.graphs(pipe)["post-gate"].operations().values())
@@ -196,6 +207,7 @@ def test_without_marks_cuda_graphs_copy_their_cache(take: Take, monkeypatch: pyt
     replay = ReplayBackend()
     pipe = compiled(replay, options={"triton.cudagraphs": True})
     assert torch.equal(tiny.latents(pipe, **KWARGS), expected())
+    assert copies_of(replay, "cache") > 0
 
 
 def test_without_freezing_cpus_compile_plainly(take: Take) -> None:
@@ -323,7 +335,8 @@ def test_what_benchmarks_count(take: Take) -> None:
     assert torch.equal(private.onednn_product(weights, weights), weights)
 
 
-NEEDED = [f"{owner}.{name}" for owner, names in aot._NEEDED.items() for name in names]
+_TABLES = (aot._NEEDED, aot._NEEDED_FOR_PACKED_WEIGHTS)
+NEEDED = sorted({f"{owner}.{name}" for table in _TABLES for owner, names in table.items() for name in names})
 
 
 @pytest.mark.parametrize("name", [*NEEDED, *aot._C_FUNCTIONS])

@@ -101,3 +101,20 @@ def test_freezing_is_off() -> None:
 def test_freezing_is_refused() -> None:
     with pytest.raises(tgate_fx.UnsupportedError, match=says("regional=True", "freezing", "Leave regional out")):
         tgate_fx.compile(tiny.make("sd"), regional=True, options={"freezing": True})
+
+
+def test_what_is_put_on_a_block_before_the_first_generation_is_outside_of_its_graph(backend: CountingBackend) -> None:
+    pipe, eager = tiny.make("sd-small"), tiny.make("sd-small")
+    tgate_fx.compile(pipe, gate_step=2, backend=backend, regional=True)
+    tgate_fx.gate(eager, gate_step=2)
+    block = pipe.unet.mid_block.attentions[0].transformer_blocks[0]
+    region = block.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        torch._dynamo.graph_break()  # no graph could be whole with this in it
+        return region(*args, **kwargs)
+
+    block.forward = forward
+    kwargs = {**tiny.inputs("sd"), "num_inference_steps": 4}
+    assert torch.equal(tiny.latents(pipe, **kwargs), tiny.latents(eager, **kwargs))
+    assert tgate_fx.report(pipe).compiled_graphs > 0

@@ -12,7 +12,6 @@ from typing import Any
 
 from .cache import StaticCache
 from .errors import StateError
-from .guidance import check_known_guidance
 from .network import Network
 from .phases import Phases
 from .run import Run
@@ -61,7 +60,6 @@ class Gated:
         self.network = network
         self.phases = phases
         self.parameters = inspect.signature(type(pipe).__call__).parameters
-        check_known_guidance(pipe, self.parameters)
         self.cache = StaticCache(phases.needs_static_addresses)
         self.run: Run | None = None
         self.disabled = 0
@@ -80,6 +78,7 @@ class Gated:
     def attach(self, pipe: Any) -> None:
         """Put this gate on its pipeline."""
         self.network.attach(self)
+        self.phases.attach()
         self.set_attribute(pipe, _ATTRIBUTE, self)
         pipe.__class__ = self._gated_class
 

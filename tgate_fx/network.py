@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from .deepcache import DeepCache, find_deep_branch
 from .dispatch import Dispatch
 from .errors import StateError, UnsupportedError
 from .families import FAMILIES, Family, family_of
+from .guidance import check_known_guidance
 from .roles import Kind, Roles
 from .schedule import Schedule
 from .sites import Site
@@ -38,6 +40,7 @@ class Network:
 
     def __init__(self, pipe: Any, deepcache: DeepCache | None) -> None:
         self.attribute, self.module, self.family = find_denoiser(pipe)
+        check_known_guidance(pipe, inspect.signature(type(pipe).__call__).parameters)
         self.branch = None if deepcache is None else deepcache.branch
         self._deep_branch = None if self.branch is None else find_deep_branch(self.module, self.branch)
         self._functions: dict[Roles, PhaseFunction] = {}

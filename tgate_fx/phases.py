@@ -49,6 +49,9 @@ class Phases(abc.ABC):
             StateError, UnsupportedError: they cannot be compiled ahead of time.
         """
 
+    def attach(self) -> None:  # noqa: B027  (most need nothing there)
+        """Put on the denoiser's modules what this needs there, right after its sites; they come off together."""
+
     @abc.abstractmethod
     def begin(self, pipe: Any, pipeline_class: type[Any], *, calls_back: bool) -> None:
         """Begin a generation.

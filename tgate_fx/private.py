@@ -1,8 +1,8 @@
 """The one door to private and undocumented names of torch, accelerate and diffusers (artifacts have one of their own).
 
-Each function says what it is for and what happens where a name is gone: a slower right answer, or an `UnsupportedError`
-when `tgate_fx.compile` is called. All were checked on torch 2.9, 2.11, 2.13 and 2.15, accelerate 1.0 and 1.15 and
-diffusers 0.35 and 0.42. Names are looked up when they are needed, since some take seconds to import.
+Each function says what it is for and what happens where a name is gone: mostly a slower right answer, or an
+`UnsupportedError` when `tgate_fx.compile` is called. All were checked on torch 2.13, accelerate 1.15 and diffusers
+0.42. Names are looked up when they are needed, since some take seconds to import.
 """
 
 from __future__ import annotations
@@ -127,15 +127,15 @@ def set_step_count(pipe: Any, steps: int) -> None:
 # On torch.compile
 
 
-def check_can_compile(*, dynamic: bool, mode: str | None) -> None:
+def check_can_compile(*, dynamic: bool, inductor_mode: bool) -> None:
     """Raise `UnsupportedError` if this torch lacks a name without which compiled phases would be wrong."""
     hook_guards()
     has_global_hooks()
     _lookup_backend()
     if dynamic:
         sizes_apart()
-    if mode is not None:
-        mode_options(mode)
+    if inductor_mode:
+        _list_mode_options()
 
 
 def compile_lock() -> AbstractContextManager[Any]:
@@ -243,11 +243,16 @@ def backend_of(backend: str | Callable[..., Any]) -> Callable[..., Any]:
     return _lookup_backend()(backend)
 
 
+def _list_mode_options() -> Callable[[str], dict[str, Any]]:
+    found: Callable[[str], dict[str, Any]] = _require(
+        "torch._inductor.list_mode_options", "for a mode of inductor", "give options instead"
+    )
+    return found
+
+
 def mode_options(mode: str) -> dict[str, Any]:
     """Return the inductor options that a torch.compile mode stands for. Without the name: modes are refused."""
-    found = _require("torch._inductor.list_mode_options", "for a mode", "give options instead")
-    options: dict[str, Any] = found(mode)
-    return options
+    return _list_mode_options()(mode)
 
 
 def guarded_value(guard: Any) -> Any:

@@ -35,7 +35,7 @@ def load(pipe: Pipeline, path: str | Path) -> Pipeline:
 
     Raises:
         StateError: the artifact is not whole, or not for this pipeline, torch or processor; the pipeline is gated.
-        UnsupportedError: as for `tgate_fx.gate`; or this torch has no packages that artifacts need.
+        UnsupportedError: as for `tgate_fx.gate`; or this torch lacks what artifacts need.
     """
     path = Path(path)
     check_not_gated(pipe)

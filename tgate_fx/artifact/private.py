@@ -1,7 +1,7 @@
 """The one door to private names of torch that artifacts need, beside those of `tgate_fx.private`.
 
 All are of torch's AOTInductor, whose own saving and loading would write the weights into each phase's library, and copy
-them out of it again. They were checked on torch 2.13 and 2.15; without any of them, `tgate_fx.save` and `tgate_fx.load`
+them out of it again. They were checked on torch 2.13; without any of them, `tgate_fx.save` and `tgate_fx.load`
 are refused with an `UnsupportedError`, before anything is compiled or changed.
 """
 
@@ -34,13 +34,18 @@ _NEEDED = {
     "torch._inductor": ("aot_compile",),
     "torch._inductor.config.aot_inductor": tuple(name.partition(".")[2] for name in _OPTIONS),
     "torch._inductor.codecache": ("TensorProperties",),
-    "torch._C._aoti": ("AOTIModelPackageLoader", "alloc_tensor_by_stealing_from_void_ptr"),
+    "torch._C._aoti": ("AOTIModelPackageLoader",),
     "torch.export.pt2_archive._package": ("AOTICompiledModel",),
-    "torch.ops.mkldnn": ("data_ptr", "_nbytes", "_get_mkldnn_serialized_md"),
     "torch.utils._pytree": ("tree_flatten", "tree_unflatten", "treespec_dumps", "treespec_loads"),
 }
 
-# AOTInductor's own C interface, kept for compiled models.
+# The same, where oneDNN packs weights.
+_NEEDED_FOR_PACKED_WEIGHTS = {
+    "torch.ops.mkldnn": ("data_ptr", "_nbytes", "_get_mkldnn_serialized_md"),
+    "torch._C._aoti": ("AOTIModelPackageLoader", "alloc_tensor_by_stealing_from_void_ptr"),
+}
+
+# And AOTInductor's own C interface for these, kept for compiled models.
 _C_FUNCTIONS = (
     "aoti_torch_create_tensor_from_blob_v2",
     "aoti_torch_device_type_cpu",
@@ -60,8 +65,10 @@ def check_torch() -> None:
             f"torch {torch.__version__} cannot load packages that are not zipped: expected 2.13 or later. Update "
             "torch, or use tgate_fx.warmup in every process."
         )
-    lacking = [f"{owner}.{name}" for owner, names in _NEEDED.items() for name in names if not _has(owner, name)]
-    lacking += [name for name in _C_FUNCTIONS if not hasattr(_torch_c(), name)]
+    has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    needed = {**_NEEDED, **(_NEEDED_FOR_PACKED_WEIGHTS if has_onednn else {})}
+    lacking = [f"{owner}.{name}" for owner, names in needed.items() for name in names if not _has(owner, name)]
+    lacking += [name for name in _C_FUNCTIONS if has_onednn and not hasattr(_torch_c(), name)]
     if lacking:
         raise UnsupportedError(
             f"torch {torch.__version__} has no {lacking[0]}, which artifacts need: expected torch 2.13 to 2.15. Update "

@@ -87,11 +87,14 @@ class RegionalPhases(CompiledPhases):
         super().__init__(settings)
         self._network = network
 
+    def attach(self) -> None:
+        """Put a `Region` on every repeated block."""
+        with self._network.dispatch.lock:
+            self._runner = _runner_of(self._network)
+
     def begin(self, pipe: Any, pipeline_class: type[Any], *, calls_back: bool) -> None:
         """Begin a generation; see `Phases`."""
         super().begin(pipe, pipeline_class, calls_back=calls_back)
-        with self._network.dispatch.lock:
-            self._runner = _runner_of(self._network)
 
     def __call__(self, step: Step, cache: Cache, inputs: dict[str, Any]) -> PhaseResult:
         """Run one step; see `Phases`."""

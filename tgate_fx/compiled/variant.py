@@ -99,7 +99,8 @@ class CompiledPhases(Phases):
     is_compiled = True
 
     def __init__(self, settings: CompileSettings) -> None:
-        private.check_can_compile(dynamic=bool(settings.dynamic), mode=settings.mode)
+        inductor_mode = settings.mode is not None and settings.backend == "inductor"
+        private.check_can_compile(dynamic=bool(settings.dynamic), inductor_mode=inductor_mode)
         self._settings = settings
         self._variants: dict[object, Variant] = {}
         self._device = torch.device("cpu")
