@@ -34,8 +34,8 @@ Take = Callable[[str], None]
 def take(monkeypatch: pytest.MonkeyPatch) -> Take:
     """Takes a name away from the door alone, since torch itself would fail without most of them."""
     gone: set[str] = set()
-    find = private._find
-    monkeypatch.setattr(private, "_find", lambda path: None if path in gone else find(path))
+    find = private.find
+    monkeypatch.setattr(private, "find", lambda path: None if path in gone else find(path))
     return gone.add
 
 
@@ -310,9 +310,19 @@ def test_without_what_diffusers_keeps_its_public_names_serve() -> None:
     tgate_fx.gate(pipe, gate_step=0.5)
     for other in (True, False):
         with pytest.MonkeyPatch.context() as patch:
-            if other:  # a pipeline that records its steps as _num_timesteps, or not at all
-                patch.setattr(private, "step_count_of", lambda pipe: None)
+            if other:  # another name for _num_timesteps
+                patch.setattr(private, "STEP_COUNT", "_of_another_name")
             tiny.latents(pipe, **KWARGS)
+        assert tgate_fx.report(pipe).gate == 2
+
+
+def test_without_what_diffusers_records_the_steps_that_run_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A share of the four steps that are left of eight."""
+    pipe = tgate_fx.gate(tiny.make("sdxl"), gate_step=0.5)
+    kwargs = {**tiny.inputs("sdxl"), "num_inference_steps": 8, "denoising_end": 0.5}
+    for name in ("_num_timesteps", "_of_another_name"):
+        monkeypatch.setattr(private, "STEP_COUNT", name)
+        tiny.latents(pipe, **kwargs)
         assert tgate_fx.report(pipe).gate == 2
 
 

@@ -37,7 +37,7 @@ class Gated:
     """The gate on one pipeline: its schedule, its network, what runs the phases, its cache, and the last run.
 
     Args:
-        pipe: the pipeline; nothing is changed on it before `attach`.
+        pipe: the pipeline, not gated yet; nothing is changed on it before `attach`.
         schedule: which phase each step is in.
         network: its denoiser.
         phases: what runs the denoiser's phases.
@@ -48,14 +48,9 @@ class Gated:
         cache: where captured values are kept.
         run: the last generation, or the one that is running; None before the first.
         disabled: how many times over the gate is switched off.
-
-    Raises:
-        StateError: the pipeline is gated already.
-        UnsupportedError: it cannot be gated.
     """
 
     def __init__(self, pipe: Any, schedule: Schedule, network: Network, phases: Phases) -> None:
-        check_not_gated(pipe)
         self.schedule = schedule
         self.network = network
         self.phases = phases

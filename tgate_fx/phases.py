@@ -13,7 +13,7 @@ from .inputs import canonical, on_meta
 from .network import Network
 from .roles import Roles
 from .schedule import Step
-from .split import Cache, PhaseResult
+from .split import EMPTY_CACHE, Cache, PhaseResult
 
 
 class Phases(abc.ABC):
@@ -33,13 +33,13 @@ class Phases(abc.ABC):
     def describe(self) -> str:
         """Return how the phases run, in words for the report."""
 
-    @abc.abstractmethod
     def uses_cuda_graphs(self, device: torch.device) -> bool:
-        """Return whether steps on this device may be CUDA-graph replays."""
+        """Return whether steps on this device may be CUDA-graph replays: not if nothing is recorded when it runs."""
+        return False
 
-    @abc.abstractmethod
     def needs_static_addresses(self, device: torch.device) -> bool:
         """Return whether steps on this device read their cache in place, where it was when they were recorded."""
+        return False
 
     @abc.abstractmethod
     def inductor_options(self, device: torch.device) -> dict[str, Any]:
@@ -91,14 +91,6 @@ class EagerPhases(Phases):
         """Return that they run eagerly."""
         return "eager"
 
-    def uses_cuda_graphs(self, device: torch.device) -> bool:
-        """Return False."""
-        return False
-
-    def needs_static_addresses(self, device: torch.device) -> bool:
-        """Return False."""
-        return False
-
     def inductor_options(self, device: torch.device) -> dict[str, Any]:
         """Raise `StateError`: there are none."""
         raise StateError("The pipeline is not compiled: expected one given to tgate_fx.compile.")
@@ -108,8 +100,9 @@ class EagerPhases(Phases):
 
     def __call__(self, step: Step, cache: Cache, inputs: dict[str, Any]) -> PhaseResult:
         """Run one step; see `Phases`."""
-        roles = step.roles if any(cache) or any(step.keep) else Roles()
-        return self._network.function(roles)(cache, (), inputs)
+        if not any(cache) and not any(step.keep):
+            return self._network.dispatch.original_forward(**inputs), EMPTY_CACHE
+        return self._network.function(step.roles)(cache, (), inputs)
 
 
 class Example(NamedTuple):

@@ -30,13 +30,33 @@ BENEATH_HOOK = "_old_forward"
 # name, artifacts are refused for a difference that does not count.
 MODULE_STATE = frozenset(("_modules", "_parameters", "_buffers", "_internal_dict", "_is_hf_initialized"))
 
+# diffusers' pipelines record here how many steps a call runs (``num_timesteps`` only reads it). With another name, a
+# number that an earlier call recorded is not told from this call's own.
+STEP_COUNT = "_num_timesteps"
+
 # The newest torch on which Dynamo was seen to keep the cache entry that ran last in front.
 _ORDER_SEEN = (2, 15)
+
+_GLOBAL_HOOKS = ("torch.nn.modules.module._global_forward_hooks", "torch.nn.modules.module._global_forward_pre_hooks")
+_HOOK_GUARDS = "torch._dynamo.config.skip_nnmodule_hook_guards"
+_DUCK_SHAPE = "torch.fx.experimental._config.use_duck_shape"
+_LOOKUP_BACKEND = "torch._dynamo.lookup_backend"
+_LIST_MODE_OPTIONS = "torch._inductor.list_mode_options"
+
+# The names without which compiled phases would be wrong: what each is needed for, and what to do instead.
+_USE_GATE = "use tgate_fx.gate, which does not compile"
+_REQUIRED = {
+    **dict.fromkeys(_GLOBAL_HOOKS, ("to see hooks that compiled graphs would not run", _USE_GATE)),
+    _HOOK_GUARDS: ("to notice hooks that are registered on modules later", _USE_GATE),
+    _LOOKUP_BACKEND: ("to hand graphs to compilers", _USE_GATE),
+    _DUCK_SHAPE: ("for dynamic=True", "leave dynamic out"),
+    _LIST_MODE_OPTIONS: ("for a mode of inductor", "give options instead"),
+}
 
 _own_lock = threading.RLock()
 
 
-def _find(path: str) -> Any:
+def find(path: str) -> Any:
     """Return what a dotted name stands for, importing modules on the way; None if there is no such thing."""
     parts = path.split(".")
     found: Any = importlib.import_module(parts[0])
@@ -52,9 +72,11 @@ def _find(path: str) -> Any:
     return found
 
 
-def _require(path: str, purpose: str, instead: str) -> Any:
-    found = _find(path)
+def _require(path: str) -> Any:
+    """Return what a name of `_REQUIRED` stands for, or raise `UnsupportedError`."""
+    found = find(path)
     if found is None:
+        purpose, instead = _REQUIRED[path]
         raise UnsupportedError(
             f"torch {torch.__version__} has no {path}, which tgate_fx needs {purpose}: expected a torch from 2.9 to "
             f"{'.'.join(map(str, _ORDER_SEEN))}. Install one, or {instead}."
@@ -84,11 +106,9 @@ def has_hooks(module: nn.Module) -> bool:
 
 def has_global_hooks() -> bool:
     """Return whether forward hooks are registered for all modules, which compiled graphs do not run. Without the names:
-    compiling is refused.
+    compiling is refused, and so is running what is compiled already.
     """
-    names = ("_global_forward_hooks", "_global_forward_pre_hooks")
-    purpose, instead = "to see hooks that compiled graphs would not run", "use tgate_fx.gate, which does not compile"
-    return any(_require(f"torch.nn.modules.module.{name}", purpose, instead) for name in names)
+    return any(map(_require, _GLOBAL_HOOKS))
 
 
 def version_of(tensor: torch.Tensor) -> int | None:
@@ -103,25 +123,8 @@ def repeated_blocks(denoiser: nn.Module) -> tuple[str, ...]:
 
 
 def progress_bar_config(pipe: Any) -> dict[str, Any]:
-    """Return the settings of a pipeline's progress bar. Without the name: none."""
+    """Return the settings of a pipeline's progress bar. Without the name: none, which `warmup` then leaves."""
     return dict(getattr(pipe, "_progress_bar_config", {}))
-
-
-def pop_step_count(pipe: Any) -> int | None:
-    """Take away the number of steps that a pipeline recorded, if any (``num_timesteps`` only reads it)."""
-    recorded: int | None = vars(pipe).pop("_num_timesteps", None)
-    return recorded
-
-
-def step_count_of(pipe: Any) -> int | None:
-    """Return the number of steps that a pipeline recorded. Without the name: None, and its scheduler says it."""
-    recorded: int | None = vars(pipe).get("_num_timesteps")
-    return recorded
-
-
-def set_step_count(pipe: Any, steps: int) -> None:
-    """Record a number of steps, unless the pipeline has recorded one."""
-    vars(pipe).setdefault("_num_timesteps", steps)
 
 
 # On torch.compile
@@ -129,13 +132,10 @@ def set_step_count(pipe: Any, steps: int) -> None:
 
 def check_can_compile(*, dynamic: bool, inductor_mode: bool) -> None:
     """Raise `UnsupportedError` if this torch lacks a name without which compiled phases would be wrong."""
-    hook_guards()
-    has_global_hooks()
-    _lookup_backend()
-    if dynamic:
-        sizes_apart()
-    if inductor_mode:
-        _list_mode_options()
+    skipped = ([] if dynamic else [_DUCK_SHAPE]) + ([] if inductor_mode else [_LIST_MODE_OPTIONS])
+    for path in _REQUIRED:
+        if path not in skipped:
+            _require(path)
 
 
 def compile_lock() -> AbstractContextManager[Any]:
@@ -143,7 +143,7 @@ def compile_lock() -> AbstractContextManager[Any]:
 
     Without the name: a lock of tgate_fx's own, and tracing while another thread compiles may fail.
     """
-    lock: AbstractContextManager[Any] | None = _find("torch._dynamo.convert_frame.compile_lock")
+    lock: AbstractContextManager[Any] | None = find("torch._dynamo.convert_frame.compile_lock")
     return _own_lock if lock is None else lock
 
 
@@ -154,8 +154,8 @@ def last_run(code: types.CodeType) -> types.CodeType | None:
     (125 µs instead of 51 to 61 around an SD-1.5 graph, torch 2.13), and for every thread of the process. Without the
     names: None, and guards are checked at every step.
     """
-    entries = _find("torch._dynamo.eval_frame._debug_get_cache_entry_list")
-    stance = _find("torch._dynamo.eval_frame._stance")
+    entries = find("torch._dynamo.eval_frame._debug_get_cache_entry_list")
+    stance = find("torch._dynamo.eval_frame._stance")
     # Under another stance than these, none of the entries may have run.
     if entries is None or getattr(stance, "stance", None) not in ("default", "fail_on_recompile"):
         return None
@@ -172,7 +172,7 @@ def _torch_version() -> tuple[int, ...]:
 
 def forget(code: types.CodeType) -> None:
     """Drop the graphs that Dynamo keeps for this code. Without the name: they are kept as long as their modules are."""
-    reset = _find("torch._C._dynamo.eval_frame.reset_code")
+    reset = find("torch._C._dynamo.eval_frame.reset_code")
     if reset is not None:
         reset(code)
 
@@ -182,8 +182,7 @@ def hook_guards() -> AbstractContextManager[Any]:
 
     Without the name: compiling is refused.
     """
-    purpose = "to notice hooks that are registered on modules later"
-    _require("torch._dynamo.config.skip_nnmodule_hook_guards", purpose, "use tgate_fx.gate, which does not compile")
+    _require(_HOOK_GUARDS)
     return _patch(torch._dynamo.config, skip_nnmodule_hook_guards=False)
 
 
@@ -192,14 +191,13 @@ def sizes_apart() -> AbstractContextManager[Any]:
 
     Without the name: ``dynamic=True`` is refused.
     """
-    config = "torch.fx.experimental._config"
-    _require(f"{config}.use_duck_shape", "for dynamic=True", "leave dynamic out")
-    return _patch(_find(config), use_duck_shape=False)
+    _require(_DUCK_SHAPE)
+    return _patch(find(_DUCK_SHAPE.rpartition(".")[0]), use_duck_shape=False)
 
 
 def can_freeze() -> bool:
     """Return whether inductor has ``freezing``. Without the name: it is left out, which is slower on a CPU."""
-    return _find("torch._inductor.config.freezing") is not None
+    return find("torch._inductor.config.freezing") is not None
 
 
 def frozen_parameters() -> AbstractContextManager[Any]:
@@ -214,45 +212,33 @@ def compile_errors() -> tuple[type[Exception], ...]:
     """Return the error by which torch.compile says that a function cannot be compiled. Without the name: none, and
     torch's own errors reach the user.
     """
-    found = _find("torch._dynamo.exc.TorchDynamoException")
+    found = find("torch._dynamo.exc.TorchDynamoException")
     return () if found is None else (found,)
 
 
 def recompile_limit_errors() -> tuple[type[Exception], ...]:
     """Return the error at torch.compile's recompile limit. Without the name: none, and torch's reaches the user."""
-    found = _find("torch._dynamo.exc.FailOnRecompileLimitHit")
+    found = find("torch._dynamo.exc.FailOnRecompileLimitHit")
     return () if found is None else (found,)
 
 
 def mark_static_address(tensor: torch.Tensor) -> None:
     """Tell CUDA graphs that this tensor will not move. Without the name: they copy it at every step."""
-    mark = _find("torch._dynamo.mark_static_address")
+    mark = find("torch._dynamo.mark_static_address")
     if mark is not None:
         mark(tensor)
 
 
-def _lookup_backend() -> Callable[[Any], Callable[..., Any]]:
-    found: Callable[[Any], Callable[..., Any]] = _require(
-        "torch._dynamo.lookup_backend", "to hand graphs to compilers", "use tgate_fx.gate, which does not compile"
-    )
-    return found
-
-
 def backend_of(backend: str | Callable[..., Any]) -> Callable[..., Any]:
     """Return the function that compiles graphs, of a torch.compile backend. Without the name: compiling is refused."""
-    return _lookup_backend()(backend)
-
-
-def _list_mode_options() -> Callable[[str], dict[str, Any]]:
-    found: Callable[[str], dict[str, Any]] = _require(
-        "torch._inductor.list_mode_options", "for a mode of inductor", "give options instead"
-    )
+    found: Callable[..., Any] = _require(_LOOKUP_BACKEND)(backend)
     return found
 
 
 def mode_options(mode: str) -> dict[str, Any]:
     """Return the inductor options that a torch.compile mode stands for. Without the name: modes are refused."""
-    return _list_mode_options()(mode)
+    options: dict[str, Any] = _require(_LIST_MODE_OPTIONS)(mode)
+    return options
 
 
 def guarded_value(guard: Any) -> Any:
@@ -267,23 +253,23 @@ def guarded_value(guard: Any) -> Any:
 
 def operator_namespaces() -> tuple[Any, ...]:
     """Return where torch keeps its operators as functions. Without the name: dead code stays."""
-    return tuple(each for each in (torch, _find("torch._C._nn")) if each is not None)
+    return tuple(each for each in (torch, find("torch._C._nn")) if each is not None)
 
 
 def is_api_statistic(function: Any) -> bool:
     """Return whether a function only counts calls, for torch's statistics. Without the name: dead code stays."""
-    return function is not None and function is _find("torch._C._log_api_usage_once")
+    return function is not None and function is find("torch._C._log_api_usage_once")
 
 
 def is_operator(function: Any) -> bool:
-    """Return whether a function is an ATen operator's overload. Without the name: dead code stays."""
-    cls = _find("torch._ops.OpOverload")
+    """Return whether a function is an ATen operator's overload. Without the name: FX's own rule says what is dead."""
+    cls = find("torch._ops.OpOverload")
     return cls is not None and isinstance(function, cls)
 
 
 def is_metadata_assertion(function: Any) -> bool:
     """Return whether a function only asserts what torch.export knew of a tensor. Without the name: dead code stays."""
-    return function is not None and function is _find("torch.ops.aten._assert_tensor_metadata.default")
+    return function is not None and function is find("torch.ops.aten._assert_tensor_metadata.default")
 
 
 def writes(operator: Any) -> bool:
@@ -312,7 +298,7 @@ def linear_layers_in_onednn() -> Iterator[None]:
 
     Enter it where Dynamo compiles, which it does in one thread at a time: the choice is the whole process's.
     """
-    passes = _find("torch._inductor.fx_passes.mkldnn_fusion")
+    passes = find("torch._inductor.fx_passes.mkldnn_fusion")
     packer = _onednn_packer(passes)
     if packer is None:
         yield
@@ -354,13 +340,13 @@ def fail_at_recompile_limit() -> AbstractContextManager[Any]:
 
 def graphs_and_breaks() -> tuple[int, int]:
     """Return how many graphs torch.compile made in this process, and how many graph breaks. Without the name: 0."""
-    counters = _find("torch._dynamo.utils.counters") or {}
+    counters = find("torch._dynamo.utils.counters") or {}
     return counters.get("stats", {}).get("unique_graphs", 0), sum(counters.get("graph_break", {}).values())
 
 
 def onednn_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Return a linear layer's product as oneDNN computes it. Without the name: as torch does."""
-    linear = _find("torch.ops.mkldnn._linear_pointwise")
+    linear = find("torch.ops.mkldnn._linear_pointwise")
     if linear is None:
         return torch.nn.functional.linear(left, right)
     product: torch.Tensor = linear(left, right, None, "none", [], "")

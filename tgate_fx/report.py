@@ -74,7 +74,7 @@ class Report:
             f"{self.sites} sites, {self.cache_bytes / 2**20:.2f} MiB cached, {self.compiler}, "
             f"{self.compiled_graphs} graphs compiled, {self.recompiles} recompiles in this generation",
         ]
-        width = max(len(step.phase) for step in (*self.steps, _NO_STEP))
+        width = max(map(len, ("phase", *[step.phase for step in self.steps])))
         lines.append(f"{'step':>5}  {'phase':<{width}}  {'batch':>5}  {'seconds':>10}")
         for step in self.steps:
             note = f"  compiled {step.compiled}" if step.compiled else ""
@@ -85,9 +85,6 @@ class Report:
             in_all = self.ladder[0].seconds / rung.seconds
             lines.append(f"{rung.name:<29}  {rung.seconds:>10.4f}  {rung.speedup:>7.2f}x  {in_all:>5.2f}x")
         return "\n".join(lines)
-
-
-_NO_STEP = StepReport(0, "phase", 0, 0.0, 0)
 
 
 @dataclass

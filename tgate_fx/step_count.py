@@ -15,7 +15,7 @@ def step_count(pipe: Any) -> int | None:
     Pipelines that cut their timesteps short (image-to-image, ``denoising_end``) record the number that is left; the
     others run all of their scheduler's timesteps from its begin index on.
     """
-    recorded = private.step_count_of(pipe)
+    recorded = vars(pipe).get(private.STEP_COUNT, getattr(pipe, "num_timesteps", None))
     if recorded is not None:
         return int(recorded)
     timesteps = getattr(pipe.scheduler, "timesteps", None)
@@ -27,9 +27,9 @@ def step_count(pipe: Any) -> int | None:
 @contextmanager
 def fresh_step_count(pipe: Any) -> Iterator[None]:
     """Context manager: a recorded number of steps is one that this generation has recorded itself."""
-    before = private.pop_step_count(pipe)
+    before = vars(pipe).pop(private.STEP_COUNT, None)
     try:
         yield
     finally:
         if before is not None:
-            private.set_step_count(pipe, before)
+            vars(pipe).setdefault(private.STEP_COUNT, before)

@@ -84,14 +84,6 @@ class PackagedPhases(Phases):
         """Return that they were compiled ahead of time."""
         return "compiled ahead of time"
 
-    def uses_cuda_graphs(self, device: torch.device) -> bool:
-        """Return False: CUDA graphs are recorded when they run, and cannot be saved."""
-        return False
-
-    def needs_static_addresses(self, device: torch.device) -> bool:
-        """Return False: packages are handed their cache at every step."""
-        return False
-
     def inductor_options(self, device: torch.device) -> dict[str, Any]:
         """Raise `StateError`: they are compiled already."""
         raise StateError(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import ctypes
-import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ from unittest import mock
 import torch
 
 from ..errors import UnsupportedError
+from ..private import find
 
 # Where torch looks for a package's files, in the package's folder.
 PACKAGE_FILES = Path("data", "aotinductor", "model")
@@ -36,7 +36,7 @@ _NEEDED = {
     "torch._inductor.codecache": ("TensorProperties",),
     "torch._C._aoti": ("AOTIModelPackageLoader",),
     "torch.export.pt2_archive._package": ("AOTICompiledModel",),
-    "torch.utils._pytree": ("tree_flatten", "tree_unflatten", "treespec_dumps", "treespec_loads"),
+    "torch.utils._pytree": ("tree_flatten", "treespec_dumps", "treespec_loads"),
 }
 
 # The same, where oneDNN packs weights.
@@ -77,19 +77,7 @@ def check_torch() -> None:
 
 
 def _has(owner: str, name: str) -> bool:
-    try:
-        return hasattr(_find(owner), name)
-    except (ImportError, AttributeError):
-        return False
-
-
-def _find(path: str) -> Any:
-    """Return the module of this name, or what is in it."""
-    try:
-        return importlib.import_module(path)
-    except ImportError:
-        parent, _, name = path.rpartition(".")
-        return getattr(_find(parent), name)
+    return hasattr(find(owner), name)
 
 
 def _torch_c() -> Any:
@@ -113,7 +101,7 @@ def compile_package(
 @contextmanager
 def _constants_as_tensors() -> Iterator[None]:
     """Context manager: make inductor return constants as tensors; it cannot serialize packed ones."""
-    with mock.patch.object(_find("torch._inductor.codecache"), "TensorProperties", lambda tensor: tensor):
+    with mock.patch.object(find("torch._inductor.codecache"), "TensorProperties", lambda tensor: tensor):
         yield
 
 
@@ -124,8 +112,8 @@ class LoadedPackage:
     """
 
     def __init__(self, folder: Path) -> None:
-        loader = _find("torch._C._aoti").AOTIModelPackageLoader(str(folder), "model", False, 1, -1)
-        self._model = _find("torch.export.pt2_archive._package").AOTICompiledModel(loader)
+        loader = find("torch._C._aoti").AOTIModelPackageLoader(str(folder), "model", False, 1, -1)
+        self._model = find("torch.export.pt2_archive._package").AOTICompiledModel(loader)
         self.run: Callable[[Sequence[torch.Tensor]], list[torch.Tensor]] = loader.run
 
     def share_weights(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -143,21 +131,21 @@ class Structure(NamedTuple):
     @classmethod
     def of(cls, value: Any) -> Structure:
         """Return the structure of a value."""
-        return cls(_find("torch.utils._pytree").tree_flatten(value)[1])
+        return cls(find("torch.utils._pytree").tree_flatten(value)[1])
 
     @classmethod
     def loads(cls, text: str) -> Structure:
         """Return the structure that `dumps` wrote."""
-        return cls(_find("torch.utils._pytree").treespec_loads(text))
+        return cls(find("torch.utils._pytree").treespec_loads(text))
 
     def dumps(self) -> str:
         """Return it as text."""
-        text: str = _find("torch.utils._pytree").treespec_dumps(self.spec)
+        text: str = find("torch.utils._pytree").treespec_dumps(self.spec)
         return text
 
     def fill(self, leaves: Sequence[Any]) -> Any:
         """Return the value with these leaves."""
-        return _find("torch.utils._pytree").tree_unflatten(leaves, self.spec)
+        return self.spec.unflatten(leaves)
 
 
 def packed_bytes(tensor: torch.Tensor) -> memoryview:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import abc
 import re
 import types
 import weakref
@@ -123,7 +122,6 @@ class CompiledPhases(Phases):
         """Return inductor's options for compiling ahead of time; see `Phases`."""
         return self._settings.ahead_of_time(device)
 
-    @abc.abstractmethod
     def begin(self, pipe: Any, pipeline_class: type[Any], *, calls_back: bool) -> None:
         """Begin a generation; see `Phases`."""
         check_no_global_hooks()
