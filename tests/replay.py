@@ -99,7 +99,9 @@ class _Graph:
 def _is_static(node: torch.fx.Node) -> bool:
     """Whether torch.compile takes an input's address as fixed: it is a module's, or was marked so."""
     source: Any = node._dynamo_source  # type: ignore[attr-defined]
-    of_module = source.guard_source.is_unspecialized_nn_module() or source.guard_source.is_specialized_nn_module()
+    kind = source.guard_source
+    kind = kind() if callable(kind) else kind  # a method in torch 2.9
+    of_module = kind.is_unspecialized_nn_module() or kind.is_specialized_nn_module()
     return of_module or bool(node.meta["tensor_dict"].get("_dynamo_static_input_type"))
 
 

@@ -65,20 +65,18 @@ def _load_packages(path: Path, contents: dict[str, Any]) -> dict[Roles, list[Pac
     packages: dict[Roles, list[Package]] = {}
     phases = contents["phases"]
     for phase in phases:
-        for name, described in phase["files"].items():
-            manifest.check_file(path / phase["folder"] / private.PACKAGE_FILES / name, described)
+        manifest.check_file(path / phase["package"], phase["file"])
     manifest.check_file(path / manifest.WEIGHTS_FILE, contents["weights_file"])
     mapped = weights_file.mapped(path / manifest.WEIGHTS_FILE, [phase["constants"] for phase in phases])
     for phase, weights in zip(phases, mapped, strict=True):
-        folder = path / phase["folder"]
+        file = path / phase["package"]
         try:
-            loaded = private.LoadedPackage(folder)
+            loaded = private.LoadedPackage(file)
             if contents["weights"] is not None:  # else the denoiser's are still to come
                 loaded.share_weights(weights)
         except RuntimeError as error:
             raise StateError(
-                f"torch cannot load {folder}: {error}\nExpected what tgate_fx.save wrote. Save it again on this "
-                "machine."
+                f"torch cannot load {file}: {error}\nExpected what tgate_fx.save wrote. Save it again on this machine."
             ) from error
         package = Package(phase["name"], phase["signature"], private.Structure.loads(phase["results"]), loaded, weights)
         packages.setdefault(Roles(*map(Role, phase["roles"])), []).append(package)

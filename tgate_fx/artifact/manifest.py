@@ -17,7 +17,7 @@ from ..errors import StateError
 from . import fingerprint
 
 _FILE = "manifest.json"
-_FORMAT = 6
+_FORMAT = 7
 
 # The file of the weights that are part of the packages.
 WEIGHTS_FILE = "constants.bin"

@@ -1,8 +1,8 @@
 """The one door to private names of torch that artifacts need, beside those of `tgate_fx.private`.
 
 All are of torch's AOTInductor, whose own saving and loading would write the weights into each phase's library, and copy
-them out of it again. They were checked on torch 2.13; without any of them, `tgate_fx.save` and `tgate_fx.load`
-are refused with an `UnsupportedError`, before anything is compiled or changed.
+them out of it again. They were checked on torch 2.9, 2.11, 2.13 and 2.15; without any of them, `tgate_fx.save` and
+`tgate_fx.load` are refused with an `UnsupportedError`, before anything is compiled or changed.
 """
 
 from __future__ import annotations
@@ -20,35 +20,44 @@ import torch
 from ..errors import UnsupportedError
 from ..private import find
 
-# Where torch looks for a package's files, in the package's folder.
-PACKAGE_FILES = Path("data", "aotinductor", "model")
+# The option that makes torch return the constants beside the code, by its name in torch 2.9, or since; nothing is
+# pickled.
+_RETURN_CONSTANTS: Mapping[str, Any] = (
+    {"aot_inductor.package_constants_on_disk": True}
+    if torch.__version__ < "2.10"
+    else {"aot_inductor.package_constants_on_disk_format": "pickle_weights"}
+)
 
 _OPTIONS = {
     "aot_inductor.package": True,
     "aot_inductor.package_constants_in_so": False,
-    "aot_inductor.package_constants_on_disk_format": "pickle_weights",  # nothing is pickled: they are just returned
+    **_RETURN_CONSTANTS,
 }
 
-# Modules and the names in them without which nothing is saved or loaded.
+# Modules and classes, and the names in them without which nothing is saved or loaded.
 _NEEDED = {
-    "torch._inductor": ("aot_compile",),
+    "torch._inductor": ("aot_compile", "aoti_load_package"),
     "torch._inductor.config.aot_inductor": tuple(name.partition(".")[2] for name in _OPTIONS),
     "torch._inductor.codecache": ("TensorProperties",),
-    "torch._C._aoti": ("AOTIModelPackageLoader",),
-    "torch.export.pt2_archive._package": ("AOTICompiledModel",),
+    "torch._inductor.package": ("package_aoti",),
+    "torch._C._aoti.AOTIModelPackageLoader": ("run",),
+    "torch.export.pt2_archive._package.AOTICompiledModel": ("get_constant_fqns", "load_constants"),
     "torch.utils._pytree": ("tree_flatten", "treespec_dumps", "treespec_loads"),
 }
 
 # The same, where oneDNN packs weights.
 _NEEDED_FOR_PACKED_WEIGHTS = {
     "torch.ops.mkldnn": ("data_ptr", "_nbytes", "_get_mkldnn_serialized_md"),
-    "torch._C._aoti": ("AOTIModelPackageLoader", "alloc_tensor_by_stealing_from_void_ptr"),
+    "torch._C._aoti": ("alloc_tensor_by_stealing_from_void_ptr",),
 }
 
 # And AOTInductor's own C interface for these, kept for compiled models.
 _C_FUNCTIONS = (
     "aoti_torch_create_tensor_from_blob_v2",
     "aoti_torch_device_type_cpu",
+    "aoti_torch_dtype_bfloat16",
+    "aoti_torch_dtype_float16",
+    "aoti_torch_dtype_float32",
     "aoti_torch_layout__mkldnn",
 )
 
@@ -60,19 +69,14 @@ _CAPSULE = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p,
 
 def check_torch() -> None:
     """Raise `UnsupportedError` if this torch lacks what artifacts need."""
-    if torch.__version__ < "2.13":
-        raise UnsupportedError(
-            f"torch {torch.__version__} cannot load packages that are not zipped: expected 2.13 or later. Update "
-            "torch, or use tgate_fx.warmup in every process."
-        )
     has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     needed = {**_NEEDED, **(_NEEDED_FOR_PACKED_WEIGHTS if has_onednn else {})}
     lacking = [f"{owner}.{name}" for owner, names in needed.items() for name in names if not _has(owner, name)]
     lacking += [name for name in _C_FUNCTIONS if has_onednn and not hasattr(_torch_c(), name)]
     if lacking:
         raise UnsupportedError(
-            f"torch {torch.__version__} has no {lacking[0]}, which artifacts need: expected torch 2.13 to 2.15. Update "
-            "torch, or use tgate_fx.compile and tgate_fx.warmup in every process."
+            f"torch {torch.__version__} has no {lacking[0]}, which artifacts need: expected torch 2.9 to 2.15. Install "
+            "one, or use tgate_fx.compile and tgate_fx.warmup in every process."
         )
 
 
@@ -85,17 +89,18 @@ def _torch_c() -> Any:
 
 
 def compile_package(
-    graph: torch.fx.GraphModule, arguments: tuple[Any, ...], options: Mapping[str, Any]
-) -> tuple[list[Path], Any]:
-    """Compile a graph ahead of time; enter it under torch's lock for compiling.
+    graph: torch.fx.GraphModule, arguments: tuple[Any, ...], options: Mapping[str, Any], package: Path
+) -> dict[str, Any]:
+    """Compile a graph ahead of time into the file ``package``; enter it under torch's lock for compiling.
 
     Returns:
-        The files of the package, and its constants, as (storage owner, view) by name.
+        The package's constants, as (storage owner, view) by name.
     """
     with _constants_as_tensors():
         made: Any = torch._inductor.aot_compile(graph, arguments, options={**options, **_OPTIONS})
     (constants,) = [each for each in made if not isinstance(each, str)]
-    return [Path(each) for each in made if isinstance(each, str)], constants
+    find("torch._inductor.package").package_aoti(str(package), [each for each in made if isinstance(each, str)])
+    return dict(constants)
 
 
 @contextmanager
@@ -106,15 +111,14 @@ def _constants_as_tensors() -> Iterator[None]:
 
 
 class LoadedPackage:
-    """A package that was loaded; calling it takes and returns a list of tensors.
+    """A package that was loaded; ``run`` takes and returns a list of tensors.
 
-    ``torch._inductor.aoti_load_package`` takes a folder too, but first tries it as a zip file, and warns.
+    Calling what ``torch._inductor.aoti_load_package`` returns would read both structures as text again, at every step.
     """
 
-    def __init__(self, folder: Path) -> None:
-        loader = find("torch._C._aoti").AOTIModelPackageLoader(str(folder), "model", False, 1, -1)
-        self._model = find("torch.export.pt2_archive._package").AOTICompiledModel(loader)
-        self.run: Callable[[Sequence[torch.Tensor]], list[torch.Tensor]] = loader.run
+    def __init__(self, package: Path) -> None:
+        self._model = torch._inductor.aoti_load_package(str(package))
+        self.run: Callable[[list[torch.Tensor]], list[torch.Tensor]] = self._model.loader.run
 
     def share_weights(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Read these weights where they are; they must be kept for as long as the package runs."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -44,7 +43,8 @@ def save(
     Raises:
         ArgumentError: there is something at ``path``, or as for `tgate_fx.warmup`.
         StateError: the pipeline is not under `tgate_fx.compile`.
-        UnsupportedError: its settings are not for code that is compiled ahead of time, or torch is older than 2.13.
+        UnsupportedError: its settings are not for code that is compiled ahead of time, or this torch lacks what
+            artifacts need.
         CompileError: a phase could not be traced or compiled.
     """
     path = Path(path)
@@ -67,7 +67,8 @@ def save(
         with (folder / manifest.WEIGHTS_FILE).open("wb") as file:
             writer = WeightsWriter(file, {} if frozen else weights_of(network.module))
             phases = [
-                _compile(gated, example, options, folder / str(index), writer) for index, example in enumerate(examples)
+                _compile(gated, example, options, folder / f"{index}.pt2", writer)
+                for index, example in enumerate(examples)
             ]
         contents = {
             **manifest.environment(network.module),
@@ -84,28 +85,26 @@ def save(
 
 
 def _compile(
-    gated: Gated, example: Example, options: dict[str, Any], folder: Path, writer: WeightsWriter
+    gated: Gated, example: Example, options: dict[str, Any], package: Path, writer: WeightsWriter
 ) -> dict[str, Any]:
-    """Compile one phase into a package in ``folder``; return the manifest's entry for it."""
+    """Compile one phase into a package; return the manifest's entry for it."""
     graph = trace(gated.network, example._replace(inputs=sorted_by_name(example.inputs)))
     arguments = graph.arguments()
     with torch.no_grad(), private.compile_lock():
         results = aot.Structure.of(graph.module(*arguments))
         try:
-            files, constants = aot.compile_package(graph.module, arguments, options)
+            constants = aot.compile_package(graph.module, arguments, options, package)
         except Exception as error:
             raise CompileError(
                 f"The {example.name} phase could not be compiled ahead of time: {error}\nExpected a denoiser that "
                 "torch's AOTInductor takes. Use tgate_fx.compile and tgate_fx.warmup instead."
             ) from error
-    (folder / aot.PACKAGE_FILES).mkdir(parents=True)
-    copies = [Path(shutil.copy(file, folder / aot.PACKAGE_FILES)) for file in files]
     return {
         "name": example.name,
         "roles": [role.value for role in example.roles],
         "signature": signature_of(*arguments),
         "results": results.dumps(),
-        "folder": folder.name,
-        "files": {file.name: manifest.describe_file(file) for file in copies},
+        "package": package.name,
+        "file": manifest.describe_file(package),
         "constants": writer.write(constants),
     }
