@@ -117,7 +117,7 @@ def test_packages_without_freezing_read_the_pipelines_own_weights(tmp_path: Path
 
     pipe = tgate_fx.compile(scaled(2.0), gate_step=3, options={"freezing": False})
     path = tgate_fx.save(pipe, tmp_path / "unfrozen", **SIZE)
-    with pytest.raises(tgate_fx.StateError, match=says("The structure of 1 parts", "attn1")):
+    with pytest.raises(tgate_fx.StateError, match=says("does not fit the denoiser's structure", "attn1")):
         tgate_fx.load(scaled(3.0), path)
     pipe, eager = tgate_fx.load(scaled(2.0), path), tgate_fx.gate(scaled(2.0), gate_step=3)
     kwargs = {**tiny.inputs("sd"), **SIZE, "num_inference_steps": 6}
@@ -358,8 +358,8 @@ def flip(path: Path) -> None:
         (in_text('"gate_step": 3', '"gate_step": 4'), "manifest.json is not as it was written"),
         (in_text('"contents"', '"content"'), "manifest.json is not as it was written"),
         (replace_package, "torch cannot load"),
-        (change_manifest(lambda said: said.update(torch="1.0")), "The torch's version is"),
-        (change_manifest(lambda said: said.update(diffusers="0.1")), "The diffusers's version is"),
+        (change_manifest(lambda said: said.update(torch="1.0")), "does not fit this torch, whose version is"),
+        (change_manifest(lambda said: said.update(diffusers="0.1")), "does not fit this diffusers, whose version is"),
         (change_manifest(lambda said: said["processor"].update(threads="64")), "threads is 1: expected 64"),
         (change_manifest(lambda said: said["processor"].update(capability="AVX9000")), "expected AVX9000"),
         (change_manifest(lambda said: said["processor"].update(device="cuda")), "device is cpu: expected cuda"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import types
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from torch import nn
+from torch.nn import functional
 
 import tgate_fx
 from tests import tiny
@@ -125,6 +127,20 @@ def test_the_entry_that_ran_last_is_in_front() -> None:
     assert last[2] is not last[3]
 
 
+def test_guards_are_checked_without_what_entries_keep(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {
+        "torch._dynamo.eval_frame._debug_get_cache_entry_list": lambda code: [SimpleNamespace(code=code)],
+        "torch._dynamo.eval_frame._stance": SimpleNamespace(stance="default"),
+    }
+    monkeypatch.setattr(private, "find", found.__getitem__)
+    code = expected.__code__
+    assert private.last_run(code) is code
+    for name, lacking in zip(found, (lambda code: [SimpleNamespace()], SimpleNamespace()), strict=True):
+        with monkeypatch.context() as patch:
+            patch.setitem(found, name, lacking)
+            assert private.last_run(code) is None
+
+
 def test_on_a_newer_torch_several_graphs_of_one_function_keep_their_guards(monkeypatch: pytest.MonkeyPatch) -> None:
     def double(value: torch.Tensor) -> torch.Tensor:
         return value * 2
@@ -189,15 +205,25 @@ def test_graphs_are_traced_without(name: str, take: Take) -> None:
 def test_without_a_schema_an_operator_may_do_anything() -> None:
     assert not private.writes(torch.ops.aten.add.Tensor)
     assert private.returns(torch.ops.aten.add.Tensor)
-    assert private.writes(SimpleNamespace())
-    assert not private.returns(SimpleNamespace())
+    without_effect = {"is_mutable": False, "returns": ["Tensor"]}
+    assert not private.writes(SimpleNamespace(_schema=SimpleNamespace(**without_effect)))
+    for operator in (SimpleNamespace(), SimpleNamespace(_schema=SimpleNamespace())):  # no _schema, nothing in it
+        assert private.writes(operator)
+        assert not private.returns(operator)
     assert not private.is_metadata_assertion(None)
 
 
-def test_without_the_statistics_function_its_calls_stay(take: Take) -> None:
-    node = SimpleNamespace(op="call_function", target=torch._C._log_api_usage_once, args=(), kwargs={})
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (torch._C._log_api_usage_once, "torch._C._log_api_usage_once"),
+        (functional.gelu, "torch._C._nn"),
+    ],
+)
+def test_without_the_name_of_a_function_its_calls_stay(function: object, name: str, take: Take) -> None:
+    node = SimpleNamespace(op="call_function", target=function, args=(), kwargs={})
     assert not dead_code.may_have_an_effect(node)  # type: ignore[arg-type]
-    take("torch._C._log_api_usage_once")
+    take(name)
     assert dead_code.may_have_an_effect(node)  # type: ignore[arg-type]
 
 
@@ -219,8 +245,9 @@ def test_without_freezing_cpus_compile_plainly(take: Take) -> None:
 
 
 def test_without_inductors_list_nothing_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(private.sys.modules, "torch._inductor.codecache", SimpleNamespace())  # type: ignore[arg-type]
-    assert private.inductor_modules() == []
+    for codecache in (SimpleNamespace(), SimpleNamespace(PyCodeCache=SimpleNamespace())):
+        monkeypatch.setitem(private.sys.modules, "torch._inductor.codecache", codecache)  # type: ignore[arg-type]
+        assert private.inductor_modules() == []
 
 
 @pytest.mark.parametrize(
@@ -271,12 +298,13 @@ def test_without_their_names_blocks_are_found_by_their_attention(monkeypatch: py
 
 def test_without_the_names_of_hooks_a_module_may_have_some() -> None:
     assert not private.has_hooks(nn.Linear(1, 1))
-    assert private.has_hooks(SimpleNamespace())  # type: ignore[arg-type]
+    for name in ("_forward_hooks", "_forward_pre_hooks"):
+        assert private.has_hooks(SimpleNamespace(**{name: {}}))  # type: ignore[arg-type]  # the other is lacking
 
 
 def test_without_versions_bits_are_read_all_the_same() -> None:
     weight = nn.Parameter(torch.ones(2))
-    assert private.version_of(weight) is not None
+    assert private.version_of(weight) is not None  # its _version
     assert private.version_of(SimpleNamespace(is_inference=lambda: False)) is None  # type: ignore[arg-type]
 
 
@@ -336,6 +364,12 @@ def test_state_of_another_name_is_a_difference(monkeypatch: pytest.MonkeyPatch) 
     assert fingerprint.structure(layer) != before
 
 
+def test_comparisons_are_refused_that_could_run_eagerly_unseen(take: Take) -> None:
+    take("torch._dynamo.config.fail_on_recompile_limit_hit")
+    with pytest.raises(tgate_fx.UnsupportedError, match=says("fail_on_recompile_limit_hit", "leave that out")):
+        private.fail_at_recompile_limit()
+
+
 def test_what_benchmarks_count(take: Take) -> None:
     assert len(private.graphs_and_breaks()) == 2
     take("torch._dynamo.utils.counters")
@@ -367,15 +401,26 @@ def test_artifacts_are_refused_before_anything_is_done(
     assert torch.isfinite(tiny.latents(pipe, **KWARGS)).all()
 
 
-def test_every_name_of_the_door_is_taken_away_here() -> None:
-    """A name is a string with a private part in one of the two doors."""
+def names_of(door: types.ModuleType) -> set[str]:
+    """The names that a door uses: dotted ones, those of attributes it asks for, and settings it changes."""
+    tree = ast.parse(inspect.getsource(door))
+    strings = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    names = {each for each in strings if re.fullmatch(r"(torch(\.\w+)*\.)?_[a-z]\w*(\.\w+)*", each)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            if node.func.id in ("getattr", "hasattr"):
+                names.update(each.value for each in node.args[1:2] if isinstance(each, ast.Constant))
+            elif node.func.id == "_patch":
+                names.update(str(keyword.arg) for keyword in node.keywords)
+    return names
+
+
+def test_every_name_of_the_doors_is_taken_away_here() -> None:
     here = Path(__file__).read_text()
     missing = []
     for door in (private, aot):
-        nodes = ast.walk(ast.parse(inspect.getsource(door)))
-        strings = {str(node.value) for node in nodes if isinstance(node, ast.Constant)}
-        for name in sorted(each for each in strings if re.fullmatch(r"(torch(\.\w+)*\.)?_[a-z]\w*(\.\w+)*", each)):
+        for name in sorted(names_of(door)):
             in_needed = any(f"{name}." in f"{each}." for each in NEEDED)
-            if name not in here and name.rpartition(".")[2] not in here and not in_needed:
+            if not in_needed and not re.search(rf"\b{name.rpartition('.')[2]}\b", here):
                 missing.append(f"{door.__name__}: {name}")
     assert missing == []

@@ -27,11 +27,12 @@ def check_known(given: Iterable[str], known: Sequence[str]) -> None:
 
 def refuse_unknown(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
     """Decorate a function to raise `ArgumentError`, not Python's ``TypeError``, for a keyword that it does not take."""
-    known = tuple(inspect.signature(function).parameters)
+    parameters = inspect.signature(function).parameters
+    known = tuple(name for name, each in parameters.items() if each.kind is each.KEYWORD_ONLY)
 
     @functools.wraps(function)
     def checked(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        check_known(kwargs, known)
+        check_known([name for name in kwargs if name not in parameters], known)
         return function(*args, **kwargs)
 
     return checked

@@ -42,8 +42,9 @@ _HOOK_GUARDS = "torch._dynamo.config.skip_nnmodule_hook_guards"
 _DUCK_SHAPE = "torch.fx.experimental._config.use_duck_shape"
 _LOOKUP_BACKEND = "torch._dynamo.lookup_backend"
 _LIST_MODE_OPTIONS = "torch._inductor.list_mode_options"
+_FAIL_AT_LIMIT = "torch._dynamo.config.fail_on_recompile_limit_hit"
 
-# The names without which compiled phases would be wrong: what each is needed for, and what to do instead.
+# The names without which results would be wrong: what each is needed for, and what to do instead.
 _USE_GATE = "use tgate_fx.gate, which does not compile"
 _REQUIRED = {
     **dict.fromkeys(_GLOBAL_HOOKS, ("to see hooks that compiled graphs would not run", _USE_GATE)),
@@ -51,6 +52,7 @@ _REQUIRED = {
     _LOOKUP_BACKEND: ("to hand graphs to compilers", _USE_GATE),
     _DUCK_SHAPE: ("for dynamic=True", "leave dynamic out"),
     _LIST_MODE_OPTIONS: ("for a mode of inductor", "give options instead"),
+    _FAIL_AT_LIMIT: ("to compare with torch.compile alone", "leave that out"),
 }
 
 _own_lock = threading.RLock()
@@ -132,7 +134,7 @@ def progress_bar_config(pipe: Any) -> dict[str, Any]:
 
 def check_can_compile(*, dynamic: bool, inductor_mode: bool) -> None:
     """Raise `UnsupportedError` if this torch lacks a name without which compiled phases would be wrong."""
-    skipped = ([] if dynamic else [_DUCK_SHAPE]) + ([] if inductor_mode else [_LIST_MODE_OPTIONS])
+    skipped = [_FAIL_AT_LIMIT, *([] if dynamic else [_DUCK_SHAPE]), *([] if inductor_mode else [_LIST_MODE_OPTIONS])]
     for path in _REQUIRED:
         if path not in skipped:
             _require(path)
@@ -203,7 +205,7 @@ def can_freeze() -> bool:
 def frozen_parameters() -> AbstractContextManager[Any]:
     """Return a context manager, to be entered often: Dynamo leaves weights in graphs, as inductor's freezing needs.
 
-    Dynamo looks at inductor's own setting, not at the options.
+    Dynamo looks at inductor's own setting, not at the options. Without the name: nothing freezes, see `can_freeze`.
     """
     return _patch(torch._inductor.config, freezing=True)
 
@@ -334,7 +336,11 @@ def _takes_precision(method: Any) -> bool:
 
 
 def fail_at_recompile_limit() -> AbstractContextManager[Any]:
-    """Return a context manager: torch.compile fails at its recompile limit instead of running eagerly from there on."""
+    """Return a context manager: torch.compile fails at its recompile limit instead of running eagerly from there on.
+
+    Without the name: an `UnsupportedError`.
+    """
+    _require(_FAIL_AT_LIMIT)
     return _patch(torch._dynamo.config, fail_on_recompile_limit_hit=True)
 
 

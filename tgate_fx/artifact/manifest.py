@@ -81,8 +81,8 @@ def check_environment(contents: dict[str, Any], denoiser: nn.Module) -> None:
         saved, here = ({"version": each} if isinstance(each, str) else each for each in (contents[what], now))
         for name in fingerprint.differences(saved, here):
             raise StateError(
-                f"The {what}'s {name} is {here.get(name)}: expected {saved.get(name)}, which the artifact was saved "
-                "with. Save one here, or load it where it was saved."
+                f"The artifact does not fit this {what}, whose {name} is {here.get(name)}: expected {saved.get(name)}, "
+                "for which it was saved. Save one here, or load it where it was saved."
             )
 
 
@@ -91,10 +91,15 @@ def check_parts(what: str, contents: dict[str, Any], now: dict[str, str]) -> Non
     changed = fingerprint.differences(contents[what], now)
     if changed:
         raise StateError(
-            f"The {what} of {len(changed)} parts of the denoiser, such as {', '.join(changed[:3])}, are not those "
-            "that the artifact was saved with: expected the same model, dtype, weights, processors, adapters and "
-            "hooks. Load it on that pipeline, or save one of this."
+            f"The artifact does not fit the denoiser's {what}: {_listed(changed)} changed. Expected the same model, "
+            "dtype, weights, processors, adapters and hooks as when it was saved. Load it on that pipeline, or save "
+            "one of this."
         )
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 def describe_file(path: Path) -> dict[str, Any]:

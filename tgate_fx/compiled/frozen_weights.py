@@ -87,7 +87,7 @@ def _mark(tensor: torch.Tensor) -> _Mark:
     if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.layout is not torch.strided or tensor.is_quantized:
         raise UnsupportedError(
             f"A weight of type {type(tensor).__name__}, {tensor.layout}, {tensor.dtype} cannot be read: expected "
-            "dense weights, for changes to those that a frozen graph holds would go unnoticed. Give "
+            "dense weights, since changes to those that a frozen graph holds would go unnoticed. Give "
             'options={"freezing": False} to tgate_fx.compile.'
         )
     return _Mark(weakref.ref(tensor), _layout(tensor), checksum(tensor.detach()), _first_bits(tensor))

@@ -30,30 +30,30 @@ class Region(Part):
     Attributes:
         block: the block.
         indices: which of the denoiser's sites are in it.
-        runner: what runs it now; shared by all regions of a denoiser.
+        hook: what runs it now; shared by all regions of a denoiser.
     """
 
-    def __init__(self, sites: Sites, block: nn.Module, indices: Sequence[int], runner: _Runner) -> None:
+    def __init__(self, sites: Sites, block: nn.Module, indices: Sequence[int], hook: _RegionHook) -> None:
         super().__init__(sites, block)
         self.block = block
         self.indices = tuple(indices)
-        self.runner = runner
+        self.hook = hook
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the block, in place of its ``forward``."""
-        run = self.runner.run
+        run = self.hook.run
         if run is None or torch.compiler.is_dynamo_compiling():
             return self.original_forward(*args, **kwargs)
         return run(self, args, kwargs)
 
 
-class _Runner:
+class _RegionHook:
     """What runs the regions of a denoiser, in place of their own forward, while a phase runs by regions."""
 
     run: Callable[[Region, tuple[Any, ...], dict[str, Any]], Any] | None = None
 
 
-def _runner_of(network: Network) -> _Runner:
+def _hook_of(network: Network) -> _RegionHook:
     """Return what runs the blocks that a denoiser repeats, after making regions of them if nobody has yet.
 
     These are the modules that the model class names (diffusers' ``_repeated_blocks``) and that hold cross-attention;
@@ -63,8 +63,8 @@ def _runner_of(network: Network) -> _Runner:
     sites = network.dispatch.sites
     regions = [part for part in sites.parts if isinstance(part, Region)]
     if regions:
-        return regions[0].runner
-    runner = _Runner()
+        return regions[0].hook
+    hook = _RegionHook()
     named = private.repeated_blocks(network.module)
     for name, block in list(network.module.named_modules()):
         within = [(index, site) for index, site in enumerate(sites.sites) if site.name.startswith(f"{name}.")]
@@ -72,8 +72,8 @@ def _runner_of(network: Network) -> _Runner:
         if holds and (not named or type(block).__name__ in named):
             for index_in_block, (_, site) in enumerate(within):
                 site.join_block(index_in_block)
-            sites.attach(Region(sites, block, [index for index, _ in within], runner))
-    return runner
+            sites.attach(Region(sites, block, [index for index, _ in within], hook))
+    return hook
 
 
 def _parent(name: str) -> str:
@@ -90,7 +90,7 @@ class RegionalPhases(CompiledPhases):
     def attach(self) -> None:
         """Put a `Region` on every repeated block."""
         with self._network.dispatch.lock:
-            self._runner = _runner_of(self._network)
+            self._hook = _hook_of(self._network)
 
     def begin(self, pipe: Any, pipeline_class: type[Any], *, calls_back: bool) -> None:
         """Begin a generation; see `Phases`."""
@@ -105,11 +105,11 @@ class RegionalPhases(CompiledPhases):
                 "expected whole phases for that, or no CUDA graphs. Leave regional out, or use "
                 'mode="max-autotune-no-cudagraphs".'
             )
-        self._runner.run = functools.partial(self._run, step)
+        self._hook.run = functools.partial(self._run, step)
         try:
             output, captured = self._network.function(step.roles)(cache, (), inputs)
         finally:
-            self._runner.run = None
+            self._hook.run = None
         return output, captured
 
     def _run(self, step: Step, region: Region, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
