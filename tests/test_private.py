@@ -22,6 +22,7 @@ from tests import tiny
 from tests.conftest import CountingBackend
 from tests.replay import ReplayBackend, copies_of
 from tests.test_refusals import says
+from tests.test_regional import blocks_share_graphs
 from tgate_fx import forward_patch, private
 from tgate_fx.artifact import fingerprint
 from tgate_fx.artifact import private as aot
@@ -274,6 +275,7 @@ def test_without_the_file_of_its_hook_inductor_chooses_too(take: Take) -> None:
         pass
 
 
+@blocks_share_graphs
 def test_without_a_guards_value_blocks_compile_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert private.guarded_value(SimpleNamespace()) is None
     counts = []
