@@ -28,7 +28,7 @@ def check_known(given: Iterable[str], known: Sequence[str]) -> None:
 def refuse_unknown(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
     """Decorate a function to raise `ArgumentError`, not Python's ``TypeError``, for a keyword that it does not take."""
     parameters = inspect.signature(function).parameters
-    known = tuple(name for name, each in parameters.items() if each.kind is each.KEYWORD_ONLY)
+    known = tuple(name for name, each in parameters.items() if each.default is not each.empty)
 
     @functools.wraps(function)
     def checked(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
