@@ -40,7 +40,7 @@ def plain_class(pipe: Any) -> type[Any]:
 
 
 def counting_processor(pipe: Any) -> None:
-    pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.set_processor(CountingProcessor())
+    pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.set_processor(CountingProcessor())
 
 
 def freeu_at_fifth(pipe: Any) -> Callable[..., None]:

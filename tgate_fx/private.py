@@ -1,8 +1,8 @@
 """The one door to private and undocumented names of torch, accelerate and diffusers (artifacts have one of their own).
 
 Each function says what it is for and what happens where a name is gone: mostly a slower right answer, or an
-`UnsupportedError` when `tgate_fx.compile` is called. All were checked on torch 2.13, accelerate 1.15 and diffusers
-0.42. Names are looked up when they are needed, since some take seconds to import.
+`UnsupportedError` when `tgate_fx.compile` is called. All were checked on torch 2.9, 2.11, 2.13 and 2.15, accelerate
+1.0 and 1.15, and diffusers 0.35 and 0.42. Names are looked up when they are needed, since some take seconds to import.
 """
 
 from __future__ import annotations

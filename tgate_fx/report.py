@@ -71,7 +71,8 @@ class Report:
     def __str__(self) -> str:
         lines = [
             f"gate at step {self.gate}" if self.gate is not None else "not gated",
-            f"{self.sites} sites, {self.cache_bytes / 2**20:.2f} MiB cached, {self.compiler}, "
+            f"{self.sites} site{'' if self.sites == 1 else 's'}, {self.cache_bytes / 2**20:.2f} MiB cached, "
+            f"{self.compiler}, "
             f"{self.compiled_graphs} graphs compiled, {self.recompiles} recompiles in this generation",
         ]
         width = max(map(len, ("phase", *[step.phase for step in self.steps])))

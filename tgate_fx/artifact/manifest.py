@@ -91,7 +91,7 @@ def check_parts(what: str, contents: dict[str, Any], now: dict[str, str]) -> Non
     changed = fingerprint.differences(contents[what], now)
     if changed:
         raise StateError(
-            f"The artifact does not fit the denoiser's {what}: {_listed(changed)} changed. Expected the same model, "
+            f"The artifact does not fit the denoiser's {what}: {_listed(changed)} changed: expected the same model, "
             "dtype, weights, processors, adapters and hooks as when it was saved. Load it on that pipeline, or save "
             "one of this."
         )
