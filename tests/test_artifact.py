@@ -46,6 +46,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.inductor
 def test_it_generates_as_the_eager_pipeline_without_compiling(artifact: Path) -> None:
     pipe = tgate_fx.load(made(), artifact)
@@ -69,6 +70,7 @@ def test_it_generates_as_the_eager_pipeline_without_compiling(artifact: Path) ->
     assert torch.equal(tiny.latents(pipe, **kwargs), tiny.latents(plain, **kwargs))
 
 
+@pytest.mark.slow
 @pytest.mark.inductor
 def test_packages_keep_the_weights_that_they_read(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch keeps tensors of its own over the same memory, which do not keep that."""
@@ -88,6 +90,7 @@ def test_packages_keep_the_weights_that_they_read(artifact: Path, monkeypatch: p
     tgate_fx.restore(pipe)
 
 
+@pytest.mark.slow
 @pytest.mark.inductor
 def test_it_generates_in_another_process(artifact: Path) -> None:
     program = (
@@ -143,7 +146,7 @@ def test_packages_without_freezing_read_the_pipelines_own_weights(tmp_path: Path
 @pytest.mark.parametrize(
     ("family", "settings", "phases"),
     [
-        ("sdxl", {"after_gate": "both"}, 2),
+        ("sdxl-small", {"after_gate": "both"}, 2),
         ("pixart-alpha-256", {"sp_interval": 2, "fi_interval": 2}, 4),
         ("sd-small", {"deepcache": tgate_fx.DeepCache(interval=2, branch=0)}, 4),
     ],
@@ -192,6 +195,7 @@ def forwards(pipe: Any) -> dict[str, Any]:
     return {name: vars(module)["forward"] for name, module in pipe.unet.named_modules() if "forward" in vars(module)}
 
 
+@pytest.mark.slow
 @pytest.mark.inductor
 @pytest.mark.parametrize(
     ("change", "message"),
@@ -228,6 +232,7 @@ def test_different_forwards_beneath_a_site_are_told_apart() -> None:
     assert fingerprint.differences(first, other) == [name]
 
 
+@pytest.mark.slow
 @pytest.mark.inductor
 def test_changes_after_loading_are_noticed(artifact: Path) -> None:
     pipe = tgate_fx.load(made(), artifact)
@@ -272,6 +277,7 @@ def test_changes_after_loading_are_noticed(artifact: Path) -> None:
     assert torch.equal(tiny.latents(fresh, **kwargs), before)
 
 
+@pytest.mark.slow
 @pytest.mark.inductor
 def test_another_pipeline_may_gate_the_same_denoiser(artifact: Path) -> None:
     pipe = tgate_fx.load(made(), artifact)
@@ -285,6 +291,7 @@ def test_another_pipeline_may_gate_the_same_denoiser(artifact: Path) -> None:
     assert torch.equal(tiny.latents(pipe, **kwargs), before)
 
 
+@pytest.mark.slow
 @pytest.mark.inductor
 @pytest.mark.parametrize(
     ("call", "message"),
@@ -343,6 +350,7 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
+@pytest.mark.slow
 @pytest.mark.inductor
 @pytest.mark.parametrize(
     ("damage", "message"),

@@ -16,20 +16,25 @@ from tests.test_refusals import says
 from tgate_fx import cache
 from tgate_fx.compiled import settings, whole
 
-_FIRST = ("pixart-alpha", "svd")
+_FIRST = ("sd-small", "pixart-alpha")
 _DEEPCACHE = tgate_fx.DeepCache(interval=2, branch=0)
 _INTERVALS = {"sp_interval": 2, "fi_interval": 2}
 EVERY = [
-    *[pytest.param(family, {}, marks=pytest.mark.slow if family not in _FIRST else ()) for family in tiny.EVERY_MAKER],
     *[
-        pytest.param(family, _INTERVALS, marks=pytest.mark.slow if family != "sd" else ())
-        for family in ("sd", "sdxl", *_FIRST)
+        pytest.param(family, {}, marks=pytest.mark.slow if family not in _FIRST else ())
+        for family in ("sd-small", *tiny.DISTINCT)
     ],
-    ("sd", {"deepcache": _DEEPCACHE}),
-    pytest.param("sdxl", {"deepcache": _DEEPCACHE}, marks=pytest.mark.slow),
-    pytest.param("sd", {"gate_step": None, "deepcache": _DEEPCACHE}, marks=pytest.mark.slow),
-    pytest.param("sdxl", {"after_gate": "positive"}, marks=pytest.mark.slow),
-    ("sdxl", {"after_gate": "both"}),
+    ("sd-small", _INTERVALS),
+    ("sdxl-small", {"after_gate": "both"}),
+    *[
+        pytest.param(*setting, marks=pytest.mark.slow)
+        for setting in (
+            *[(family, _INTERVALS) for family in ("sd", "sdxl", "pixart-alpha", "svd")],
+            ("sd", {"deepcache": _DEEPCACHE}),
+            ("sdxl", {"deepcache": _DEEPCACHE}),
+            ("sdxl", {"after_gate": "positive"}),
+        )
+    ],
 ]
 
 

@@ -102,6 +102,7 @@ def test_the_weights_are_those_that_the_training_script_describes(pipe: Any) -> 
     assert sum(sizes) < 25e6
 
 
+@pytest.mark.slow
 def test_the_gate_keeps_the_attributes_of_32_captions(pipe: Any) -> None:
     """Gated at 10 of 25, as many attributes are right as were measured with the gate, and without it."""
     measured = {(row["rule"], row["gate"]): row for row in json.loads(QUALITY.read_text())["points"]}

@@ -18,7 +18,7 @@ from tgate_fx.compiled.frozen_weights import FrozenWeights
 from tgate_fx.compiled.settings import CompileSettings
 from tgate_fx.compiled.variant import Variant
 
-KWARGS = {**tiny.inputs("sd"), "num_inference_steps": 3}
+KWARGS = {**tiny.inputs("pixart-small"), "num_inference_steps": 3}
 
 
 def collect() -> None:
@@ -49,15 +49,16 @@ def freezing(monkeypatch: pytest.MonkeyPatch) -> WeakBackend:
     return WeakBackend()
 
 
+@pytest.mark.slow
 def test_graphs_are_freed_when_weights_change_and_all_else_when_the_pipeline_is_restored(freezing: WeakBackend) -> None:
-    pipe = tgate_fx.compile(tiny.sd(**tiny.ONE_BLOCK), gate_step=1, backend=freezing)
+    pipe = tgate_fx.compile(tiny.make("pixart-small"), gate_step=1, backend=freezing)
     for graphs in (2, 4):
         with torch.no_grad():
-            pipe.unet.conv_in.weight.mul_(1.1)
+            pipe.transformer.proj_out.weight.mul_(1.1)
         tiny.latents(pipe, **KWARGS)
         assert len(freezing.graphs) == graphs
         assert freezing.alive() == 2
-    denoiser = weakref.ref(pipe.unet)
+    denoiser = weakref.ref(pipe.transformer)
     buffers = [weakref.ref(buffer) for buffer in pipe._tgate.cache.buffers()]
     assert buffers
     tgate_fx.restore(pipe)

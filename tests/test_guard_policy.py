@@ -118,9 +118,7 @@ CHANGES = [
 ]
 
 
-@pytest.mark.parametrize(
-    "change", [*CHANGES[:2], *[pytest.param(change, marks=pytest.mark.slow) for change in CHANGES[2:]]]
-)
+@pytest.mark.parametrize("change", tiny.slow_but((hook_on_the_denoiser,), CHANGES))
 def test_what_changes_between_steps_is_seen(change: Callable[[Any], None], backend: CountingBackend) -> None:
     pipe, eager, plain = (tiny.make("sd-small") for _ in range(3))
     change(pipe)

@@ -24,6 +24,7 @@ def rows() -> list[dict[str, object]]:
     return published_rows()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", range(len(PUBLISHED)))
 def test_every_published_cell_is_reproduced(rows: list[dict[str, float]], index: int) -> None:
     row = rows[index]
@@ -37,13 +38,18 @@ def test_every_published_cell_is_reproduced(rows: list[dict[str, float]], index:
     ("arch", "gate", "limit"),
     [
         ("sd15", 5, 1.712),
-        ("sd21", 5, 1.703),
-        ("sdxl", 5, 1.763),
-        ("pixart-alpha", 8, 1.603),
         ("sd15", 10, 1.453),
-        ("sd21", 10, 1.449),
-        ("sdxl", 10, 1.481),
-        ("pixart-alpha", 10, 1.497),
+        *[
+            pytest.param(*row, marks=pytest.mark.slow)
+            for row in (
+                ("sd21", 5, 1.703),
+                ("sdxl", 5, 1.763),
+                ("pixart-alpha", 8, 1.603),
+                ("sd21", 10, 1.449),
+                ("sdxl", 10, 1.481),
+                ("pixart-alpha", 10, 1.497),
+            )
+        ],
     ],
 )
 def test_limits(arch: str, gate: int, limit: float) -> None:
@@ -116,6 +122,7 @@ def test_the_small_model_runs_on_its_inputs(monkeypatch: pytest.MonkeyPatch) -> 
     assert torch.isfinite(output).all()
 
 
+@pytest.mark.slow
 def test_the_command_writes_the_table_and_json(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -130,6 +137,7 @@ def test_the_command_writes_the_table_and_json(
     }
 
 
+@pytest.mark.slow
 def test_the_command_counts_one_schedule(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, "macs", "--arch", "sdxl", "--gate-step", 5, "--deepcache", 3, 1) == 0
     said = capsys.readouterr().out

@@ -35,6 +35,7 @@ def test_it_gives_the_eager_result(family: str, settings: dict[str, Any]) -> Non
     assert tgate_fx.report(pipe).recompiles == 0
 
 
+@pytest.mark.slow
 def test_changed_weights_are_noticed() -> None:
     pipe = tgate_fx.compile(tiny.make("sd-small"), gate_step=None, backend="openvino")
     eager = tiny.make("sd-small")

@@ -247,7 +247,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-@pytest.mark.parametrize("how", ["gate", "compile"])
+@pytest.mark.parametrize("how", tiny.slow_but(("gate",), ("gate", "compile")))
 def test_changes_to_the_denoiser_after_gating(how: str, change: Callable[[Any], Any]) -> None:
     kwargs = {**tiny.inputs("sd", 2), "num_inference_steps": 5}
     pipe = getattr(tgate_fx, how)(tiny.make("sd-small"), 2, **({"backend": "eager"} if how == "compile" else {}))

@@ -73,6 +73,7 @@ def test_a_gated_pipeline_is_not_sent_to_a_worker() -> None:
         pool.apply(type, (compiled(),))
 
 
+@pytest.mark.slow
 def test_pipelines_in_two_threads_compile_and_run_at_once() -> None:
     expected = [generate(tgate_fx.gate(tiny.make("sd-small"), gate_step=2), seed) for seed in range(2)]
     backends = [CountingBackend(), CountingBackend()]

@@ -19,7 +19,7 @@ blocks_share_graphs = pytest.mark.skipif(
     torch.__version__ < "2.10", reason="torch 2.9 ties a graph to each bound method, and so to each block"
 )
 
-_FIRST = ("sd", "sdxl", "pixart-alpha", "svd")
+_FIRST = ("sd", "sdxl", "pixart-alpha")
 SETTINGS = [
     *[pytest.param(family, {}, marks=pytest.mark.slow if family not in _FIRST else ()) for family in tiny.DISTINCT],
     pytest.param("sd", {"sp_interval": 2, "fi_interval": 2}, marks=pytest.mark.slow),
@@ -57,7 +57,7 @@ def test_blocks_that_are_alike_share_a_graph(backend: CountingBackend) -> None:
 
 def test_a_pipeline_that_shares_the_denoiser_is_compiled_whole(backend: CountingBackend) -> None:
     """Regions are there for both pipelines, and used by one."""
-    first, eager = tiny.make("sd"), tgate_fx.gate(tiny.make("sd"), gate_step=2)
+    first, eager = tiny.make("sd-small"), tgate_fx.gate(tiny.make("sd-small"), gate_step=2)
     second = type(first)(**first.components, requires_safety_checker=False)
     second.set_progress_bar_config(disable=True)
     whole = CountingBackend()

@@ -53,15 +53,22 @@ def names(setting: tuple[int, int, int, int]) -> dict[str, int]:
     return dict(zip(("gate_step", "sp_interval", "fi_interval", "warm_up"), setting, strict=True))
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+ROWS = [
+    *[("sd", name) for name in ("DDIM", "EulerDiscrete", "DPMSolverMultistep")],
+    *[("sdxl", name) for name in ("DDIM", "EulerDiscrete", "EulerAncestralDiscrete")],
+    *[("pixart-alpha", name) for name in ("DPMSolverMultistep", "DDIM")],
+    *[("pixart-sigma", name) for name in ("DPMSolverMultistep", "EulerDiscrete")],
+    ("svd", None),
+]
+
+
 @pytest.mark.parametrize(
-    ("family", "scheduler"),
+    ("family", "scheduler", "setting"),
     [
-        *[("sd", name) for name in ("DDIM", "EulerDiscrete", "DPMSolverMultistep")],
-        *[("sdxl", name) for name in ("DDIM", "EulerDiscrete", "EulerAncestralDiscrete")],
-        *[("pixart-alpha", name) for name in ("DPMSolverMultistep", "DDIM")],
-        *[("pixart-sigma", name) for name in ("DPMSolverMultistep", "EulerDiscrete")],
-        ("svd", None),
+        # By default a third: of every row one setting, and every setting with several rows.
+        pytest.param(*row, setting, marks=() if (index + number) % 3 == 0 else pytest.mark.slow)
+        for number, row in enumerate(ROWS)
+        for index, setting in enumerate(SETTINGS)
     ],
 )
 def test_self_attention_intervals(family: str, scheduler: str | None, setting: tuple[int, int, int, int]) -> None:
@@ -105,7 +112,7 @@ def test_self_attention_intervals_without_guidance_or_for_both_branches(family: 
         torch.testing.assert_close(two, torch.cat([one, one]), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("gate", [1, 2, 4, 6])
+@pytest.mark.parametrize("gate", tiny.slow_but((1, 4), (1, 2, 4, 6)))
 @pytest.mark.parametrize("guidance", [{}, {"min_guidance_scale": 2.0, "max_guidance_scale": 6.0}])
 def test_stable_video_diffusion(gate: int, guidance: dict[str, float]) -> None:
     kwargs = {**tiny.svd_inputs(), "num_inference_steps": 6, **guidance}
@@ -139,7 +146,7 @@ def test_lcm(family: str, gate: int) -> None:
     assert torch.equal(final(pipe.tgate, **kwargs, **intervals), final(upstream.tgate, **kwargs, **intervals))
 
 
-@pytest.mark.parametrize("interval", [2, 3, 5])
+@pytest.mark.parametrize("interval", tiny.slow_but((3,), (2, 3, 5)))
 @pytest.mark.parametrize(
     ("family", "scheduler", "branches"),
     [
@@ -185,7 +192,7 @@ def test_every_branch_of_a_deeper_unet(branch: int) -> None:
     assert torch.equal(final(pipe, **kwargs), final(plain, **kwargs))
 
 
-@pytest.mark.parametrize("scheduler", ["DDIM", "EulerDiscrete"])
+@pytest.mark.parametrize("scheduler", tiny.slow_but(("DDIM",), ("DDIM", "EulerDiscrete")))
 @pytest.mark.parametrize(
     ("gate", "interval", "branch"), [(4, 3, 0), (5, 2, 1), (1, 3, 0), (7, 5, 3), (3, 3, 4), (9, 3, 0)]
 )
@@ -241,7 +248,7 @@ def test_freeu_works_on_a_deep_branch_s_tensor_once(family: str, branch: int) ->
         assert torch.equal(cache[2][0], kept)
 
 
-@pytest.mark.parametrize("stance", ["default", "eager_on_recompile"])
+@pytest.mark.parametrize("stance", tiny.slow_but(("eager_on_recompile",), ("default", "eager_on_recompile")))
 def test_freeu_and_deepcache_compiled(stance: str, backend: CountingBackend) -> None:
     kwargs = {**tiny.inputs("sd"), "num_inference_steps": 5}
     settings = {"gate_step": 3, "deepcache": tgate_fx.DeepCache(2, 3)}
@@ -297,13 +304,13 @@ def graph_names(graph: torch.fx.GraphModule) -> str:
 @pytest.mark.parametrize(
     ("family", "settings", "graphs"),
     [
-        ("sd", names(SETTINGS[0]), 3),
+        pytest.param("sd", names(SETTINGS[0]), 3, marks=pytest.mark.slow),
         pytest.param("sd", names(SETTINGS[3]), 3, marks=pytest.mark.slow),
         pytest.param("sdxl", names(SETTINGS[0]), 3, marks=pytest.mark.slow),
         ("pixart-alpha", names(SETTINGS[2]), 4),
-        ("pixart-sigma", names(SETTINGS[1]), 3),
+        pytest.param("pixart-sigma", names(SETTINGS[1]), 3, marks=pytest.mark.slow),
         pytest.param("svd", names(SETTINGS[2]), 4, marks=pytest.mark.slow),
-        ("sd", {"gate_step": 6, "deepcache": tgate_fx.DeepCache(3, 0)}, 4),
+        pytest.param("sd", {"gate_step": 6, "deepcache": tgate_fx.DeepCache(3, 0)}, 4, marks=pytest.mark.slow),
         pytest.param("sdxl", {"gate_step": 6, "deepcache": tgate_fx.DeepCache(2, 3)}, 4, marks=pytest.mark.slow),
         ("sd", {"gate_step": None, "deepcache": tgate_fx.DeepCache(3, 1)}, 2),
         pytest.param("sdxl-lcm", {"gate_step": 2}, 2, marks=pytest.mark.slow),
@@ -331,6 +338,7 @@ def test_compiled_rows_take_a_constant_number_of_graphs(
         assert tgate_fx.report(pipe).recompiles == 0
 
 
+@pytest.mark.slow
 def test_a_shallow_graph_has_nothing_of_the_deep_branch(backend: CountingBackend) -> None:
     pipe = tgate_fx.compile(tiny.sd(), 4, deepcache=tgate_fx.DeepCache(2, 1), backend=backend)
     final(pipe, **tiny.inputs("sd"), num_inference_steps=8)

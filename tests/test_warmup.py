@@ -16,7 +16,7 @@ SETTINGS = [
     pytest.param("sd-small", {"gate_step": 0.4}, marks=pytest.mark.slow),
     ("sd-small", {"gate_step": 0.97, "fi_interval": 2}),
     pytest.param("sd-small", {"gate_step": None}, marks=pytest.mark.slow),
-    ("sd-small", {"sp_interval": 3, "fi_interval": 2, "warm_up": 2}),
+    pytest.param("sd-small", {"sp_interval": 3, "fi_interval": 2, "warm_up": 2}, marks=pytest.mark.slow),
     pytest.param("sd", {"deepcache": tgate_fx.DeepCache(interval=3, branch=0)}, marks=pytest.mark.slow),
     pytest.param(
         "sd", {"gate_step": None, "deepcache": tgate_fx.DeepCache(interval=3, branch=0)}, marks=pytest.mark.slow
@@ -40,7 +40,7 @@ def test_nothing_is_compiled_afterwards(family: str, settings: dict[str, Any], b
 
 
 @pytest.mark.parametrize(
-    "family", ["sd-inpaint", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sd-img2img", "lcm-img2img"))]
+    "family", tiny.slow_but(("sd-inpaint-small",), ("sd-inpaint-small", "sd-inpaint", "sd-img2img", "lcm-img2img"))
 )
 def test_as_many_steps_as_a_low_strength_takes(family: str, backend: CountingBackend) -> None:
     pipe = tgate_fx.compile(tiny.make(family), gate_step=3, backend=backend)
@@ -90,12 +90,12 @@ def test_what_it_refuses(backend: CountingBackend) -> None:
         with pytest.raises(tgate_fx.ArgumentError, match=says(f"{name} was given", "Leave it out")):
             tgate_fx.warmup(pipe, **{name: 3})
     with pytest.raises(tgate_fx.ArgumentError, match=says("height was given for a StableDiffusionImg2ImgPipeline")):
-        tgate_fx.warmup(tgate_fx.compile(tiny.make("sd-img2img"), backend=backend), height=16)
+        tgate_fx.warmup(tgate_fx.compile(tiny.make("sd-img2img-small"), backend=backend), height=16)
     video = tgate_fx.compile(tiny.make("svd"), backend=backend)
     with pytest.raises(tgate_fx.ArgumentError, match=says("batch_size=2", "takes no prompts")):
         tgate_fx.warmup(video, batch_size=2, **tiny.inputs("svd"))
     with tgate_fx.disabled(pipe), pytest.raises(tgate_fx.StateError, match=says("did not reach", "tgate_fx.disabled")):
         tgate_fx.warmup(pipe, height=16, width=16)
-    pipe = tgate_fx.compile(tiny.make("sd-img2img"), backend=backend)
+    pipe = tgate_fx.compile(tiny.make("sd-img2img-small"), backend=backend)
     with tgate_fx.disabled(pipe), pytest.raises(tgate_fx.StateError, match=says("32 steps at strength=0.5 did not")):
-        tgate_fx.warmup(pipe, **{**tiny.inputs("sd-img2img"), "strength": 0.5})
+        tgate_fx.warmup(pipe, **{**tiny.inputs("sd-img2img-small"), "strength": 0.5})

@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import pytest
 import torch
 import transformers
 from diffusers import (
@@ -305,12 +306,23 @@ EVERY_MAKER = {**MAKERS, "svd": svd}
 # Those whose denoisers differ in form: every other's is like one of these.
 DISTINCT = ("sd", "sd-2.1", "sd-inpaint-9", "sd-lcm", "sdxl", "pixart-alpha", "pixart-sigma", "svd")
 
-# The UNet that Dynamo traces fastest, for what is not about the model.
-_SMALL = functools.partial(sd, **ONE_BLOCK)
+# What Dynamo traces fastest, for what is not about the model.
+_SMALL: dict[str, Callable[..., Any]] = {
+    "sd-small": functools.partial(sd, **ONE_BLOCK),
+    "sd-img2img-small": functools.partial(sd, "StableDiffusionImg2ImgPipeline", **ONE_BLOCK),
+    "sd-inpaint-small": functools.partial(sd, "StableDiffusionInpaintPipeline", **ONE_BLOCK),
+    "sdxl-small": functools.partial(sdxl, transformer_layers_per_block=1, **ONE_BLOCK),
+    "pixart-small": functools.partial(pixart, num_layers=1),
+}
 
 
 def make(family: str, seed: int = 0) -> Any:
-    return {**EVERY_MAKER, "sd-small": _SMALL}[family](seed=seed)
+    return {**EVERY_MAKER, **_SMALL}[family](seed=seed)
+
+
+def slow_but(first: Sequence[Any], values: Iterable[Any]) -> list[Any]:
+    """A test's values for one parameter, of which the default run has these only."""
+    return [value if value in first else pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 def inputs(family: str, prompts: int = 1) -> dict[str, Any]:
