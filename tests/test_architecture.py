@@ -17,12 +17,12 @@ ROOT = Path(tgate_fx.__file__).parent
 # Every module imports only from lines above its own, or from its own line's left. A folder stands for what is in it.
 LAYERS = """
 errors
-private keywords roles
-inputs forward_patch deepcache schedule guidance
-one_batch families
+private keywords roles rows
+inputs forward_patch deepcache schedule cache guidance
+one_batch separate_calls families
 sites split
 dispatch network
-cache step_count report phases run
+step_count report steps phases run
 gated
 compiled.cpu compiled.checksum compiled.settings compiled.openvino
 compiled.freed_graphs compiled.frozen_weights compiled.dead_code compiled.onednn compiled.backend
@@ -45,7 +45,18 @@ WINGS = {"compiled": set(), "artifact": {"compiled"}, "macs": set()}
 
 # What subclasses in other modules use of GuidanceForm, ForwardPatch, Part and CompiledPhases, on themselves.
 INHERITED = frozenset(
-    ("_batched", "_branch", "_channels_dim", "_module", "_sites", "_settings", "_variants", "_device", "_call_variant")
+    (
+        "_rows",
+        "_branch",
+        "_denoiser",
+        "_call",
+        "_module",
+        "_sites",
+        "_settings",
+        "_variants",
+        "_device",
+        "_call_variant",
+    )
 )
 
 # The doors to private names of torch, accelerate and diffusers.

@@ -27,11 +27,11 @@ def generated(family: str, **settings: Any) -> Any:
 def check_against_eager(pipe: Any, graph: tgate_fx.PhaseGraph) -> None:
     """A graph computes what its phase computes eagerly, for random values of the form that the phase was run with."""
     gated = Gated.of(pipe)
-    roles = next(each.roles for each in gated.run.examples.values() if each.name == graph.name)
+    roles = next(each.roles for each in gated.runs[0].examples.values() if each.name == graph.name)
     arguments = graph.arguments()
     assert not any(leaf.any() for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Tensor))
     cache, inputs = tree_map_only(torch.Tensor, lambda zeros: torch.rand(zeros.shape), arguments)
-    expected = gated.network.function(roles)(cache, (), inputs)
+    expected = gated.networks[0].network.function(roles)(cache, (), inputs)
     leaves = [tree_leaves(each) for each in (graph.module(cache, inputs), expected)]
     assert len(leaves[0]) == len(leaves[1]) > 0
     for one, other in zip(*leaves, strict=True):

@@ -169,8 +169,8 @@ def test_the_ladder_refuses_what_it_cannot_time(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(tgate_fx.TGateError, match="No step has run"):
         tgate_fx.report(pipe, ladder=True)
     tiny.latents(pipe, **inputs)
-    run = Gated.of(pipe).run  # type: ignore[union-attr]
-    run.device = torch.device("meta")  # type: ignore[union-attr]  # as if it had been moved since
+    (run,) = Gated.of(pipe).runs  # type: ignore[union-attr]
+    run.device = torch.device("meta")  # as if it had been moved since
     with pytest.raises(tgate_fx.TGateError, match=r"is on cpu, and .* ran on meta: expected .* Move the pipeline back"):
         tgate_fx.report(pipe, ladder=True)
 

@@ -27,28 +27,37 @@ class StaticCache:
         self._needs_static_addresses = needs_static_addresses
         self._sets: dict[tuple[object, ...], tuple[torch.Tensor, ...]] = {}
 
-    def keep(self, kind: Kind, captured: Sequence[torch.Tensor], *, merge: bool) -> tuple[torch.Tensor, ...]:
+    def keep(self, kind: Kind, captured: Sequence[torch.Tensor], slot: int = 0) -> tuple[torch.Tensor, ...]:
         """Copy captured tensors into their buffers, and return the buffers.
 
         Args:
             kind: which kind of site they come from; each has buffers of its own.
             captured: one tensor for each site, leading with the batch.
-            merge: the batch is [uncond, cond], and the mean of the two is kept (T-GATE's rule: the cache is the average
-                of the branches), so each buffer has half the rows.
+            slot: which call of its step captured them, from 0; each has buffers of its own too.
         """
-        shapes = [_kept_shape(tensor, merge) for tensor in captured]
-        key = (kind, *[(shape, tensor.dtype, tensor.device) for shape, tensor in zip(shapes, captured, strict=True)])
+        buffers = self._set(kind, slot, captured, [tensor.shape for tensor in captured])
+        for buffer, tensor in zip(buffers, captured, strict=True):
+            buffer.copy_(tensor)
+        return buffers
+
+    def keep_mean_of_halves(self, kind: Kind, captured: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """Copy the mean of each captured tensor's two halves into buffers of half the rows, and return these."""
+        shapes = [torch.Size((tensor.shape[0] // 2, *tensor.shape[1:])) for tensor in captured]
+        buffers = self._set(kind, 0, captured, shapes)
+        for buffer, tensor in zip(buffers, captured, strict=True):
+            first, second = tensor.chunk(2)
+            torch.add(first, second, out=buffer)
+            buffer.div_(2)
+        return buffers
+
+    def _set(
+        self, kind: Kind, slot: int, captured: Sequence[torch.Tensor], shapes: Sequence[torch.Size]
+    ) -> tuple[torch.Tensor, ...]:
+        key = _key(kind, slot, captured, shapes)
         buffers = self._sets.get(key)
         if buffers is None:
             buffers = tuple([self._buffer(shape, tensor) for shape, tensor in zip(shapes, captured, strict=True)])
             self._sets[key] = buffers
-        for buffer, tensor in zip(buffers, captured, strict=True):
-            if merge:
-                uncond, cond = tensor.chunk(2)
-                torch.add(uncond, cond, out=buffer)
-                buffer.div_(2)
-            else:
-                buffer.copy_(tensor)
         return buffers
 
     def buffers(self) -> list[torch.Tensor]:
@@ -60,7 +69,7 @@ class StaticCache:
         """The bytes of all buffers."""
         return sum(buffer.nbytes for buffer in self.buffers())
 
-    def _buffer(self, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    def _buffer(self, shape: torch.Size, like: torch.Tensor) -> torch.Tensor:
         # Under inference mode a new tensor could only ever be written under inference mode again.
         with torch.inference_mode(False):
             buffer = torch.empty(shape, dtype=like.dtype, device=like.device)
@@ -69,5 +78,5 @@ class StaticCache:
         return buffer
 
 
-def _kept_shape(tensor: torch.Tensor, merge: bool) -> tuple[int, ...]:
-    return (tensor.shape[0] // 2, *tensor.shape[1:]) if merge else tuple(tensor.shape)
+def _key(kind: Kind, slot: int, captured: Sequence[torch.Tensor], shapes: Sequence[torch.Size]) -> tuple[object, ...]:
+    return (kind, slot, *[(shape, each.dtype, each.device) for shape, each in zip(shapes, captured, strict=True)])

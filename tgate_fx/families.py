@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from .guidance import GuidanceForm
 from .one_batch import OneBatch
+from .rows import Rows
+from .separate_calls import SeparateCalls
 
 
 @dataclass(frozen=True)
@@ -13,48 +15,45 @@ class Family:
     """What differs between denoisers.
 
     Attributes:
-        batched: the names of the inputs whose rows are those of the guidance batch, or a multiple of them.
+        rows: which inputs follow the batch.
         text: the names of the inputs that carry the text, which no step reads once every cross-attention is cached.
         guidance: how guidance branches reach the denoiser.
         after_gate: the branch that goes on after the gate, unless the user says otherwise.
-        channels_dim: the dimension of the latents that has the channels.
         sizes_are_numbers: whether position embeddings are computed from the latents' size as Python numbers, so that no
             graph of the whole model serves every size.
     """
 
-    batched: frozenset[str]
+    rows: Rows
     text: tuple[str, ...] = ("encoder_hidden_states", "encoder_attention_mask")
     guidance: type[GuidanceForm] = OneBatch
     after_gate: str = "negative"
-    channels_dim: int = 1
     sizes_are_numbers: bool = False
 
 
+_TEXT = ("encoder_hidden_states", "encoder_attention_mask")
+_UNET = ("sample", "timestep_cond", "attention_mask", *_TEXT)
+
 # Denoiser classes whose gated pipelines are tested against an oracle. Some of their inputs come in added_cond_kwargs.
 FAMILIES = {
-    "UNet2DConditionModel": Family(
-        batched=frozenset(
-            (
-                *("sample", "timestep_cond", "attention_mask", "encoder_hidden_states", "encoder_attention_mask"),
-                *("text_embeds", "time_ids"),  # SDXL
-            )
-        ),
-    ),
+    "UNet2DConditionModel": Family(Rows(frozenset((*_UNET, "text_embeds", "time_ids")))),
     "PixArtTransformer2DModel": Family(
-        batched=frozenset(
-            (
-                *("hidden_states", "attention_mask", "encoder_hidden_states", "encoder_attention_mask"),
-                *("resolution", "aspect_ratio"),
-            )
-        ),
+        Rows(frozenset(("hidden_states", "attention_mask", *_TEXT, "resolution", "aspect_ratio"))),
         sizes_are_numbers=True,
     ),
     "UNetSpatioTemporalConditionModel": Family(
-        batched=frozenset(("sample", "encoder_hidden_states", "added_time_ids")),
+        Rows(
+            frozenset(("sample", "encoder_hidden_states", "added_time_ids")),
+            channels_dim=2,  # [batch, frames, channels, height, width]
+        ),
         # Upstream's loader for Stable Video Diffusion calls what it keeps negative, but takes it from the encoder
         # without guidance: it is the image itself, the positive branch.
         after_gate="positive",
-        channels_dim=2,  # [batch, frames, channels, height, width]
+    ),
+    "WanTransformer3DModel": Family(
+        Rows(frozenset(("hidden_states", "encoder_hidden_states", "encoder_hidden_states_image"))),
+        text=("encoder_hidden_states", "encoder_hidden_states_image"),
+        guidance=SeparateCalls,
+        after_gate="positive",
     ),
 }
 

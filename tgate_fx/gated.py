@@ -6,17 +6,19 @@ import dataclasses
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from .cache import StaticCache
+import torch
+
 from .errors import StateError
 from .network import Network
 from .phases import Phases
-from .run import Run
+from .run import GatedNetwork, Run
 from .schedule import Schedule
 from .step_count import fresh_step_count, step_count
+from .steps import Steps
 
 _ATTRIBUTE = "_tgate"
 _PLAIN_CLASS = "_tgate_plain_class"
@@ -34,29 +36,27 @@ _AS_GATED = _AsGated()
 
 
 class Gated:
-    """The gate on one pipeline: its schedule, its network, what runs the phases, its cache, and the last run.
+    """The gate on one pipeline: its schedule, its networks, and the last generation.
 
     Args:
         pipe: the pipeline, not gated yet; nothing is changed on it before `attach`.
         schedule: which phase each step is in.
-        network: its denoiser.
-        phases: what runs the denoiser's phases.
+        networks: its denoisers, each with what runs its phases.
 
     Attributes:
-        schedule, network, phases: these.
+        schedule, networks: these.
         parameters: of the pipeline's call.
-        cache: where captured values are kept.
-        run: the last generation, or the one that is running; None before the first.
+        steps: of the last generation, or the one that is running; None before the first.
+        runs: the same generation, seen from each network.
         disabled: how many times over the gate is switched off.
     """
 
-    def __init__(self, pipe: Any, schedule: Schedule, network: Network, phases: Phases) -> None:
+    def __init__(self, pipe: Any, schedule: Schedule, networks: Sequence[GatedNetwork]) -> None:
         self.schedule = schedule
-        self.network = network
-        self.phases = phases
+        self.networks = tuple(networks)
         self.parameters = inspect.signature(type(pipe).__call__).parameters
-        self.cache = StaticCache(phases.needs_static_addresses)
-        self.run: Run | None = None
+        self.steps: Steps | None = None
+        self.runs: list[Run] = []
         self.disabled = 0
         self._plain_class = type(pipe)
         self._base: type[Any] = getattr(self._plain_class, _PLAIN_CLASS, None) or self._plain_class
@@ -72,8 +72,9 @@ class Gated:
 
     def attach(self, pipe: Any) -> None:
         """Put this gate on its pipeline."""
-        self.network.attach(self)
-        self.phases.attach()
+        for each in self.networks:
+            each.network.attach(self)
+            each.phases.attach()
         self.set_attribute(pipe, _ATTRIBUTE, self)
         pipe.__class__ = self._gated_class
 
@@ -90,7 +91,8 @@ class Gated:
                 "unchanged. Undo first what was installed on the pipeline last."
             )
         with self.one_at_a_time():
-            self.network.detach(self)
+            for each in self.networks:
+                each.network.detach(self)
             pipe.__class__ = self._plain_class
             for name in self._attributes:
                 del vars(pipe)[name]
@@ -102,32 +104,49 @@ class Gated:
         schedule = dataclasses.replace(self.schedule, off=self.disabled > 0, **overrides)
         bound = functools.partial(_bound, self.parameters, (pipe, *args), kwargs)
         with self.one_at_a_time():
-            self.network.check_unchanged(pipe)
-            run = self.run = Run(pipe, self.network, self.phases, self.cache, schedule, bound("guidance_scale"))
             calls_back = bound("callback_on_step_end") is not None or bound("callback") is not None
-            self.phases.begin(pipe, self._base, calls_back=calls_back)
-            try:
-                with self.network.dispatch.running(run.step), fresh_step_count(pipe):
-                    result = call(pipe, *args, **kwargs)
-            finally:
-                run.branch_sliced = False
+            for each in self.networks:
+                each.network.check_unchanged(pipe)
+            steps = self.steps = Steps(pipe, schedule, bound("guidance_scale"), calls_back=calls_back)
+            self.runs = [Run(each, steps) for each in self.networks]
+            for each in self.networks:
+                each.phases.begin(pipe, self._base, calls_back=calls_back)
+            with ExitStack() as stack:
+                for run in self.runs:
+                    stack.callback(run.end)
+                    stack.enter_context(run.network.dispatch.running(run.step))
+                stack.enter_context(fresh_step_count(pipe))
+                result = call(pipe, *args, **kwargs)
             # A generation may rightly end before its first step: interrupted, or with too little strength for one.
-            if run.steps == 0 and not getattr(pipe, "interrupt", False) and step_count(pipe) != 0:
+            if steps.begun == 0 and not getattr(pipe, "interrupt", False) and step_count(pipe) != 0:
                 raise StateError(
-                    f"The generation ended without a call of pipe.{self.network.attribute} through tgate_fx, so "
-                    "nothing was gated: expected the forward of the denoiser to be the one that was gated. Call "
-                    "tgate_fx.restore(pipe) and gate it again after whatever replaced it."
+                    f"The generation ended without a call of pipe.{self.networks[0].network.attribute} through "
+                    "tgate_fx, so nothing was gated: expected the forward of the denoiser to be the one that was "
+                    "gated. Call tgate_fx.restore(pipe) and gate it again after whatever replaced it."
                 )
             return result
 
+    @property
+    def branch_sliced(self) -> bool:
+        """Whether the denoiser's last call, of the generation that is running, saw one guidance branch only."""
+        return any(run.branch_sliced for run in self.runs)
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """Where each network is."""
+        return [next(each.network.module.parameters()).device for each in self.networks]
+
     @contextmanager
-    def running_with(self, phases: Phases) -> Iterator[None]:
-        """Context manager: these run the phases."""
-        own, self.phases = self.phases, phases
+    def running_with(self, make_phases: Callable[[Network], Phases]) -> Iterator[None]:
+        """Context manager: what this makes for each network runs its phases."""
+        own = [each.phases for each in self.networks]
+        for each in self.networks:
+            each.phases = make_phases(each.network)
         try:
             yield
         finally:
-            self.phases = own
+            for each, phases in zip(self.networks, own, strict=True):
+                each.phases = phases
 
     @contextmanager
     def one_at_a_time(self) -> Iterator[None]:
@@ -196,8 +215,7 @@ def _gated_class(base: type[Any]) -> type[Any]:
         def guidance_rescale(self: Any) -> Any:
             # Where guidance sees one branch twice, rescaling would blend two equal predictions and only round them.
             gated = Gated.of(self)
-            sliced = gated is not None and gated.run is not None and gated.run.branch_sliced
-            return 0.0 if sliced else base.guidance_rescale.fget(self)
+            return 0.0 if gated is not None and gated.branch_sliced else base.guidance_rescale.fget(self)
 
         attributes["guidance_rescale"] = property(guidance_rescale)
     return type(base.__name__, (base,), {**attributes, "__qualname__": base.__qualname__})

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
+from torch import nn
 
+from .cache import StaticCache
 from .errors import UnsupportedError
+from .roles import Kind
+from .rows import Rows
+
+_UNKNOWN = object()  # before the first call
 
 # Keywords of a pipeline's __call__ that give away guidance which no `GuidanceForm` knows.
 _OTHER_GUIDANCE = {
@@ -21,46 +27,86 @@ _OTHER_GUIDANCE = {
 
 
 class GuidanceForm(abc.ABC):
-    """How the branches of guidance reach a denoiser: seen from one generation, call by call.
+    """How the branches of guidance reach a network: seen from one generation, call by call.
 
     Args:
-        batched: the names of the inputs whose rows are those of the batch, or a multiple of them.
-        channels_dim: the dimension of the latents that has the channels.
+        denoiser: the network's module.
+        rows: which of its inputs follow the batch.
         branch: which branch goes on after the gate: "negative", "positive" or "both".
+
+    Attributes:
+        calls: how many calls a step may have.
+        branches: which branches may go on after the gate alone.
     """
 
-    def __init__(self, batched: Collection[str], channels_dim: int, branch: str) -> None:
-        self._batched = batched
-        self._channels_dim = channels_dim
+    calls: ClassVar[int] = 1
+    branches: ClassVar[tuple[str, ...]] = ("negative", "positive")
+
+    def __init__(self, denoiser: nn.Module, rows: Rows, branch: str) -> None:
+        self._denoiser = denoiser
+        self._rows = rows
         self._branch = branch
+        self._timestep: object = _UNKNOWN
+        self._call = 0
+
+    def place(self, inputs: Mapping[str, Any]) -> int:
+        """Return which call of its step this is, from 0; ask once for each call.
+
+        Calls of one step are given the very same tensor as their timestep.
+        """
+        timestep = inputs.get("timestep")
+        repeated = timestep is self._timestep and isinstance(timestep, torch.Tensor)
+        self._timestep = timestep
+        self._call = self._call + 1 if repeated else 0
+        return self._call
 
     @abc.abstractmethod
-    def check(self, denoiser: Any, inputs: Mapping[str, Any], latents: torch.Tensor) -> None:
-        """See, at the first step of a guided generation, that the branches do arrive in this way.
+    def check(self, inputs: Mapping[str, Any], latents: torch.Tensor) -> None:
+        """See, at each call of the first step of a guided generation, that the branches do arrive in this way.
 
         Raises:
             UnsupportedError: they do not, or the branch that goes on cannot be cut out of every input.
         """
 
     @abc.abstractmethod
-    def begins_step(self, inputs: Mapping[str, Any]) -> bool:
-        """Return whether this call of the denoiser is the first one of a step; ask once for each call."""
-
-    @abc.abstractmethod
     def rows_kept(self, rows: int) -> int:
         """Return how many of a call's rows belong to the branch that goes on."""
 
     @abc.abstractmethod
-    def slice_branch(self, inputs: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    def one_branch(self, inputs: dict[str, Any], rows: int) -> dict[str, Any]:
         """Return the inputs of the branch that goes on.
 
         Args:
-            inputs: the denoiser's inputs by name, of all branches.
-            rows: the rows of the whole call.
+            inputs: the denoiser's inputs by name, as the first call of a step has them.
+            rows: the rows of that call.
 
         Raises:
             UnsupportedError: a tensor of which it is not known how its rows follow the batch.
         """
+
+    @abc.abstractmethod
+    def has_other_branch(self, guided: bool) -> bool:
+        """Return whether this call, of a step that is guided or not, has a branch that does not go on."""
+
+    @abc.abstractmethod
+    def merge(
+        self, cache: StaticCache, kind: Kind, captured: Sequence[torch.Tensor], first: Sequence[torch.Tensor]
+    ) -> Sequence[torch.Tensor]:
+        """Keep what such a call captured as the mean of both branches, which is T-GATE's cache; return the buffers.
+
+        Args:
+            cache: where to keep it.
+            kind: which kind of site it comes from.
+            captured: one tensor for each site.
+            first: the buffers of what the first call of the step captured, if this is not the first.
+
+        Raises:
+            UnsupportedError: the branches differ in shape.
+        """
+
+    @abc.abstractmethod
+    def conditional(self, captured: Sequence[torch.Tensor], first: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Return what the conditional branch captured, of such a call and the first one; ask before they are merged."""
 
     @abc.abstractmethod
     def give_back(self, output: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import statistics
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -14,7 +15,6 @@ from .inputs import latents_of, zeros_like
 from .network import Network
 from .report import Rung, StepClock
 from .roles import Kind, Role, Roles
-from .run import Run
 from .split import EMPTY_CACHE, Cache
 
 _ROUNDS = 3  # after one that is not counted
@@ -26,26 +26,34 @@ def measure_ladder(gated: Gated) -> tuple[Rung, ...]:
     Raises:
         StateError: there are no steps that can be timed.
     """
-    with gated.one_at_a_time(), gated.network.dispatch.lock, torch.no_grad():
-        return _rungs(gated.run, gated.network)
+    with gated.one_at_a_time(), ExitStack() as stack, torch.no_grad():
+        for each in gated.networks:
+            stack.enter_context(each.network.dispatch.lock)
+        return _rungs(gated)
 
 
-def _rungs(run: Run | None, network: Network) -> tuple[Rung, ...]:
-    device = next(network.module.parameters()).device
-    if run is None or run.steps == 0:
+def _rungs(gated: Gated) -> tuple[Rung, ...]:
+    steps = gated.steps.clock.steps() if gated.steps is not None else ()
+    if not steps:
         raise StateError(
             "No step has run since this pipeline was gated: expected a generation, whose steps the ladder times. "
             "Generate an image first."
         )
-    if run.device != device:
-        raise StateError(
-            f"The denoiser is on {device}, and the last generation ran on {run.device}: expected it where it ran, to "
-            "be timed there. Move the pipeline back, or take offloading off for this."
-        )
-    by_rows = {latents_of(example.inputs)[1].shape[0]: example.inputs for example in run.examples.values()}
-    schedule, steps, whole = run.schedule, run.clock.steps(), max(by_rows)
+    runs = {run.network.attribute: run for run in gated.runs if run.device is not None}
+    devices = {each.network.attribute: device for each, device in zip(gated.networks, gated.devices, strict=True)}
+    for name, run in runs.items():
+        if run.device != devices[name]:
+            raise StateError(
+                f"The denoiser is on {devices[name]}, and the last generation ran on {run.device}: expected it where "
+                "it ran, to be timed there. Move the pipeline back, or take offloading off for this."
+            )
+    given = {
+        (name, latents_of(example.inputs)[1].shape[0]): example.inputs
+        for name, run in runs.items()
+        for example in run.examples.values()
+    }
     for step in steps:
-        if step.compiled or step.batch not in by_rows:
+        if step.compiled or (step.network, step.batch // step.calls) not in given:
             what = "a graph was compiled, which its seconds include" if step.compiled else "the batch changed"
             raise StateError(
                 f"At step {step.index} of the last generation {what}: expected one whose steps can be timed. Generate "
@@ -53,21 +61,27 @@ def _rungs(run: Run | None, network: Network) -> tuple[Rung, ...]:
             )
 
     @functools.cache
-    def seconds(roles: Roles, rows: int) -> float:
-        return _seconds(network, roles, by_rows[rows], device)
+    def seconds(name: str, roles: Roles, rows: int) -> float:
+        return _seconds(runs[name].network, roles, given[name, rows], devices[name])
+
+    roles = [runs[step.network].schedule.at(step.index).roles for step in steps]
+    wholes = {name: max((step for step in steps if step.network == name), key=lambda step: step.batch) for name in runs}
 
     def total(kinds: int, *, sliced: bool = True) -> float:
         """Return the sum with only so many kinds of site cached; ``sliced`` if guidance is dropped as it was."""
-        each = [(schedule.at(step.index).roles, step.batch if sliced else whole) for step in steps]
-        return sum(seconds(_reusing(roles, kinds), rows) for roles, rows in each)
+        like = steps if sliced else [wholes[step.network] for step in steps]
+        return sum(
+            step.calls * seconds(step.network, _reusing(each, kinds), step.batch // step.calls)
+            for step, each in zip(like, roles, strict=True)
+        )
 
     rungs = [("ungated, eager", total(0, sliced=False))]
-    if any(step.batch < whole for step in steps):
+    if any(step.batch < wholes[step.network].batch for step in steps):
         rungs.append(("guidance dropped", total(0)))
     for kind in Kind:
-        if any(schedule.at(step.index).roles[kind] is Role.REUSE for step in steps):
+        if any(each[kind] is Role.REUSE for each in roles):
             rungs.append((f"{kind.title} cached", total(kind + 1)))
-    if run.phases.is_compiled:
+    if gated.networks[0].phases.is_compiled:
         rungs.append(("compiled", sum(step.seconds for step in steps)))
     before = [rungs[0][1], *[seconds for _, seconds in rungs]]
     return tuple(Rung(name, seconds, below / seconds) for (name, seconds), below in zip(rungs, before, strict=False))
@@ -85,8 +99,8 @@ def _seconds(network: Network, roles: Roles, inputs: dict[str, Any], device: tor
     if Role.REUSE in roles:
         cache = network.function(roles.capturing())(cache, (), zeros)[1]
     function, clock = network.function(roles), StepClock()
-    for _ in range(1 + _ROUNDS):
+    for index in range(1 + _ROUNDS):
         started = clock.start(device)
         function(cache, (), zeros)
-        clock.stop(started, 0, "", 0, 0)
+        clock.stop(started, index, "", "", 0, 0)
     return statistics.median(step.seconds for step in clock.steps()[1:])

@@ -19,12 +19,17 @@ from .schedule import Schedule
 from .sites import Site
 from .split import PhaseFunction, phase_function
 
+# The attributes under which diffusers' pipelines have them.
+_DENOISERS = ("unet", "transformer", "transformer_2")
+
 
 class Network:
-    """The denoiser of a gated pipeline. Nothing is changed on it before `attach`.
+    """A denoiser of a pipeline. Nothing is changed on it before `attach`.
 
     Args:
-        pipe: the pipeline.
+        attribute: the pipeline's attribute that has the module.
+        module: the module.
+        family: its facts.
         deepcache: the deep branch to cache, if any.
 
     Attributes:
@@ -35,12 +40,13 @@ class Network:
         dispatch: what stands in place of the module's forward, from `attach` on.
 
     Raises:
-        UnsupportedError: the pipeline has no denoiser that can be gated, or it has no such branch.
+        UnsupportedError: the module has no such branch.
     """
 
-    def __init__(self, pipe: Any, deepcache: DeepCache | None) -> None:
-        self.attribute, self.module, self.family = find_denoiser(pipe)
-        check_known_guidance(pipe, inspect.signature(type(pipe).__call__).parameters)
+    def __init__(self, attribute: str, module: nn.Module, family: Family, deepcache: DeepCache | None) -> None:
+        self.attribute = attribute
+        self.module = module
+        self.family = family
         self.branch = None if deepcache is None else deepcache.branch
         self._deep_branch = None if self.branch is None else find_deep_branch(self.module, self.branch)
         self._functions: dict[Roles, PhaseFunction] = {}
@@ -88,14 +94,16 @@ class Network:
             )
 
 
-def find_denoiser(pipe: Any) -> tuple[str, nn.Module, Family]:
-    """Return the attribute name, the module and the facts of the pipeline's denoiser.
+def networks_of(pipe: Any, deepcache: DeepCache | None = None) -> list[Network]:
+    """Return the denoisers of a pipeline: mostly one; two of which each runs a part of the steps (Wan 2.2).
 
     Raises:
-        UnsupportedError: there is none, it is of no known family, or it cannot be gated as it is.
+        UnsupportedError: there is none, one is of no known family or cannot be gated as it is, or has no such deep
+            branch.
     """
     name = type(pipe).__name__
-    for attribute in ("unet", "transformer"):
+    networks = []
+    for attribute in _DENOISERS:
         denoiser = getattr(pipe, attribute, None)
         if isinstance(denoiser, nn.Module):
             check_plain(attribute, denoiser)
@@ -105,10 +113,13 @@ def find_denoiser(pipe: Any) -> tuple[str, nn.Module, Family]:
                     f"{name}.{attribute} is a {type(denoiser).__name__}: expected one of {', '.join(FAMILIES)}, the "
                     "denoisers that are tested. tgate_fx.split(denoiser) works on any model with cross-attention."
                 )
-            return attribute, denoiser, family
-    raise UnsupportedError(
-        f"{name} has no denoiser: expected a diffusers pipeline with a unet or a transformer to gate."
-    )
+            networks.append(Network(attribute, denoiser, family, deepcache))
+    if not networks:
+        raise UnsupportedError(
+            f"{name} has no denoiser: expected a diffusers pipeline with a unet or a transformer to gate."
+        )
+    check_known_guidance(pipe, inspect.signature(type(pipe).__call__).parameters)
+    return networks
 
 
 def check_plain(attribute: str, denoiser: nn.Module) -> None:

@@ -2,70 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 
+from .cache import StaticCache
 from .errors import UnsupportedError
 from .guidance import GuidanceForm
 from .inputs import map_tensors
-
-_UNKNOWN = object()  # before the first call
+from .roles import Kind
 
 
 class OneBatch(GuidanceForm):
     """Every batched input leads with [uncond, cond]; the output does too."""
 
-    _timestep: object = _UNKNOWN
+    order: ClassVar[tuple[str, str]] = ("negative", "positive")
 
-    def check(self, denoiser: Any, inputs: Mapping[str, Any], latents: torch.Tensor) -> None:
+    def check(self, inputs: Mapping[str, Any], latents: torch.Tensor) -> None:
         """See that both halves of the batch are the same latents; see `GuidanceForm.check`."""
         rows = latents.shape[0]
-        # Channels beyond those that the denoiser predicts are conditioning, which may differ.
-        channels = min(latents.shape[self._channels_dim], denoiser.config.out_channels)
-        own = latents.narrow(self._channels_dim, 0, channels)
+        own = self._rows.own_latents(self._denoiser, latents)
         if rows % 2 or not torch.equal(own[: rows // 2], own[rows // 2 :]):
             raise UnsupportedError(
                 f"Guidance is on, but the denoiser was given {rows} rows that are not the same latents twice: expected "
-                "the batch [uncond, cond]. This pipeline guides in another way (separate calls, three chunks); use it "
-                "with gate_step=None or guidance off."
+                "one batch of an unconditional and a conditional branch. This pipeline guides in another way (separate "
+                "calls, three chunks); use it with gate_step=None or guidance off."
             )
         if self._branch != "both":
-            self.slice_branch(inputs, rows)
-
-    def begins_step(self, inputs: Mapping[str, Any]) -> bool:
-        """Return False for a call with the very timestep tensor of the one before."""
-        timestep = inputs.get("timestep")
-        repeated = timestep is self._timestep and isinstance(timestep, torch.Tensor)
-        self._timestep = timestep
-        return not repeated
+            self.one_branch(dict(inputs), rows)
 
     def rows_kept(self, rows: int) -> int:
         """Return half of them."""
         return rows // 2
 
-    def slice_branch(self, inputs: Mapping[str, Any], rows: int) -> dict[str, Any]:
-        """Return the first half of every batched input for "negative", the second for "positive"."""
-        return {name: self._slice(name, value, rows) for name, value in inputs.items()}
+    def one_branch(self, inputs: dict[str, Any], rows: int) -> dict[str, Any]:
+        """Return that half of every batched input which has the branch."""
+        return self._rows.half(inputs, rows, second=self._branch == self.order[1])
 
-    def _slice(self, name: str, value: Any, rows: int) -> Any:
-        if isinstance(value, torch.Tensor):
-            if name == "timestep" and (value.ndim == 0 or value.shape[0] != rows):
-                return value
-            if name in self._batched or name == "timestep":
-                half = value.shape[0] // 2
-                return value[:half] if self._branch == "negative" else value[half:]
-        elif isinstance(value, dict):
-            return self.slice_branch(value, rows)
-        elif not isinstance(value, (list, tuple)) or not any(isinstance(item, torch.Tensor) for item in value):
-            return value
-        raise UnsupportedError(
-            f"The denoiser was given {name}, and it is not known how its rows follow the guidance batch: expected only "
-            f"{', '.join(sorted(self._batched))} and timestep. Use after_gate='both', which keeps the whole batch, or "
-            "gate_step=None."
-        )
+    def has_other_branch(self, guided: bool) -> bool:
+        """Return whether the step is guided."""
+        return guided
+
+    def merge(
+        self, cache: StaticCache, kind: Kind, captured: Sequence[torch.Tensor], first: Sequence[torch.Tensor]
+    ) -> Sequence[torch.Tensor]:
+        """Keep the mean of both halves."""
+        return cache.keep_mean_of_halves(kind, captured)
+
+    def conditional(self, captured: Sequence[torch.Tensor], first: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Return the conditional half of each."""
+        return [tensor.chunk(2)[self.order.index("positive")] for tensor in captured]
 
     def give_back(self, output: Any) -> Any:
         """Return the output once for each branch: guidance over two equal branches gives back exactly that output."""
         return map_tensors(lambda tensor: torch.cat([tensor, tensor]), output)
+
+
+class ReversedBatch(OneBatch):
+    """Every batched input leads with [cond, uncond]; the output does too."""
+
+    order = ("positive", "negative")

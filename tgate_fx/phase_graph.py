@@ -127,14 +127,18 @@ class _Phase(nn.Module):
 
 
 def graphs_of(gated: Gated) -> dict[str, PhaseGraph]:
-    """Return the graphs of the last generation's phases, by name; see `tgate_fx.graphs`."""
-    if gated.run is None or not gated.run.examples:
+    """Return the graphs of the last generation's phases, by name, which of two denoisers begins with that network's."""
+    if not any(run.examples for run in gated.runs):
         raise StateError(
             "No generation has run since this pipeline was gated: expected one, since graphs are traced for inputs "
             "like its own. Generate an image first; the fewest steps that reach every phase will do."
         )
-    traced = [trace(gated.network, example) for example in gated.run.examples.values()]
-    return {graph.name: graph for graph in traced}
+    several = len(gated.runs) > 1
+    return {
+        f"{run.network.attribute} {example.name}" if several else example.name: trace(run.network, example)
+        for run in gated.runs
+        for example in run.examples.values()
+    }
 
 
 def trace(network: Network, example: Example) -> PhaseGraph:

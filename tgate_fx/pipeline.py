@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -17,11 +17,12 @@ from .errors import ArgumentError, StateError, UnsupportedError
 from .gated import Gated, check_not_gated
 from .keywords import refuse_unknown
 from .ladder import measure_ladder
-from .network import Network, check_not_compiled, find_denoiser
+from .network import Network, check_not_compiled, networks_of
 from .phase_graph import PhaseGraph, graphs_of
 from .phases import EagerPhases
 from .report import Report
 from .roles import Kind
+from .run import GatedNetwork
 from .schedule import Schedule
 from .sites import SiteInfo, SiteList, find_sites
 from .split import split as split_functions
@@ -71,9 +72,9 @@ def gate(
         UnsupportedError: the pipeline cannot be gated exactly; the message says why.
         StateError: the pipeline is gated already.
     """
-    network = _network(pipe, deepcache)
-    schedule = _schedule(network, gate_step, sp_interval, fi_interval, warm_up, deepcache, after_gate)
-    Gated(pipe, schedule, network, EagerPhases(network)).attach(pipe)
+    networks = _networks(pipe, deepcache)
+    schedule = _schedule(networks, gate_step, sp_interval, fi_interval, warm_up, deepcache, after_gate)
+    Gated(pipe, schedule, [GatedNetwork(network, EagerPhases(network)) for network in networks]).attach(pipe)
     return pipe
 
 
@@ -124,25 +125,25 @@ def compile(
     if mode is not None and options is not None:
         raise ArgumentError(f"mode={mode!r} and options={options!r} were both given: expected one of them.")
     settings = CompileSettings(backend, mode, dynamic, options, regional)
-    network = _network(pipe, deepcache)
-    schedule = _schedule(network, gate_step, sp_interval, fi_interval, warm_up, deepcache, after_gate)
-    phases = RegionalPhases(network, settings) if regional else WholePhases(network, settings)
-    Gated(pipe, schedule, network, phases).attach(pipe)
+    networks = _networks(pipe, deepcache)
+    schedule = _schedule(networks, gate_step, sp_interval, fi_interval, warm_up, deepcache, after_gate)
+    phases = RegionalPhases if regional else WholePhases
+    Gated(pipe, schedule, [GatedNetwork(network, phases(network, settings)) for network in networks]).attach(pipe)
     return pipe
 
 
-def _network(pipe: Any, deepcache: object) -> Network:
+def _networks(pipe: Any, deepcache: object) -> list[Network]:
     check_not_gated(pipe)
     if deepcache is not None and not isinstance(deepcache, DeepCache):
         raise ArgumentError(
             f"deepcache={deepcache!r} ({type(deepcache).__name__}) is no setting for DeepCache: expected "
             "tgate_fx.DeepCache(interval=..., branch=...), or None."
         )
-    return Network(pipe, deepcache)
+    return networks_of(pipe, deepcache)
 
 
 def _schedule(
-    network: Network,
+    networks: Sequence[Network],
     gate_step: int | float | None,
     sp_interval: int,
     fi_interval: int,
@@ -151,7 +152,7 @@ def _schedule(
     after_gate: str | None,
 ) -> Schedule:
     deep_interval = None if deepcache is None else deepcache.interval
-    after_gate = network.family.after_gate if after_gate is None else after_gate
+    after_gate = networks[0].family.after_gate if after_gate is None else after_gate
     return Schedule(gate_step, sp_interval, fi_interval, warm_up, deep_interval, after_gate)
 
 
@@ -169,17 +170,16 @@ def report(pipe: Any, *, ladder: bool = False) -> Report:
             the denoiser was moved to another device since.
     """
     gated = _gated(pipe)
-    run, phases = gated.run, gated.phases
-    steps = run.clock.steps() if run is not None else ()
-    schedule = run.schedule if run is not None else gated.schedule
+    steps = gated.steps.clock.steps() if gated.steps is not None else ()
+    schedule = gated.steps.schedule if gated.steps is not None else gated.schedule
     return Report(
         steps=steps,
-        compiled_graphs=phases.graphs,
-        recompiles=phases.recompiles,
-        gate=next((step.index for step in steps if schedule.at(step.index).gated), None),
-        sites=len(gated.network.cached_sites(schedule)),
-        compiler=phases.describe(),
-        cache_bytes=gated.cache.nbytes,
+        compiled_graphs=sum(each.phases.graphs for each in gated.networks),
+        recompiles=sum(each.phases.recompiles for each in gated.networks),
+        gate=next((step.index for step in steps if step.phase.startswith("post-gate")), None),
+        sites=sum(len(each.network.cached_sites(schedule)) for each in gated.networks),
+        compiler=gated.networks[0].phases.describe(),
+        cache_bytes=sum(each.cache.nbytes for each in gated.networks),
         ladder=measure_ladder(gated) if ladder else (),
     )
 
@@ -262,9 +262,10 @@ def sites(target: Any) -> tuple[SiteInfo, ...]:
     """
     gated = Gated.of(target)
     if gated is not None:
-        return SiteList(site.info for site in gated.network.cached_sites(gated.schedule))
-    denoiser = target if isinstance(target, nn.Module) else find_denoiser(target)[1]
-    found = find_sites(denoiser)
+        cached = (each.network.cached_sites(gated.schedule) for each in gated.networks)
+        return SiteList(site.info for sites in cached for site in sites)
+    denoisers = [target] if isinstance(target, nn.Module) else [network.module for network in networks_of(target, None)]
+    found = (site for denoiser in denoisers for site in find_sites(denoiser))
     return SiteList(SiteInfo(name, kind.title) for name, kind, _ in found if kind is Kind.CROSS_ATTENTION)
 
 

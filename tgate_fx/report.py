@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,9 +18,11 @@ class StepReport:
     Attributes:
         index: which evaluation of the denoiser this was, from 0.
         phase: "pre-gate" or "post-gate", and ", self-attention reused" or ", shallow" where more is cached.
-        batch: the rows that the denoiser computed.
+        batch: the rows that the denoiser computed, in all calls of the step.
         seconds: how long the denoiser took. On CUDA the time between two events on the stream; elsewhere wall-clock.
         compiled: graphs compiled within this step; its seconds include compiling them.
+        network: the pipeline's attribute that has the denoiser.
+        calls: how many calls of the denoiser were computed: two where guidance branches come in separate calls.
     """
 
     index: int
@@ -27,6 +30,8 @@ class StepReport:
     batch: int
     seconds: float
     compiled: int
+    network: str
+    calls: int
 
 
 class Rung(NamedTuple):
@@ -49,7 +54,7 @@ class Report:
     """What the last generation did. `print` it for a table.
 
     Attributes:
-        steps: a row for each call of the denoiser.
+        steps: a row for each step.
         compiled_graphs: graphs compiled for this pipeline so far, over all generations.
         recompiles: graphs that the last generation compiled for a phase that had one before it began.
         gate: index of the first gated step, None if no step was gated.
@@ -75,11 +80,13 @@ class Report:
             f"{self.compiler}, "
             f"{self.compiled_graphs} graphs compiled, {self.recompiles} recompiles in this generation",
         ]
-        width = max(map(len, ("phase", *[step.phase for step in self.steps])))
+        several = len({step.network for step in self.steps}) > 1
+        phases = [f"{step.network} {step.phase}" if several else step.phase for step in self.steps]
+        width = max(map(len, ("phase", *phases)))
         lines.append(f"{'step':>5}  {'phase':<{width}}  {'batch':>5}  {'seconds':>10}")
-        for step in self.steps:
+        for step, phase in zip(self.steps, phases, strict=True):
             note = f"  compiled {step.compiled}" if step.compiled else ""
-            lines.append(f"{step.index:>5}  {step.phase:<{width}}  {step.batch:>5}  {step.seconds:>10.4f}{note}")
+            lines.append(f"{step.index:>5}  {phase:<{width}}  {step.batch:>5}  {step.seconds:>10.4f}{note}")
         if self.ladder:
             lines.append(f"{'where the speed-up comes from':<29}  {'seconds':>10}  {'speed-up':>8}  {'in all':>6}")
         for rung in self.ladder:
@@ -88,35 +95,55 @@ class Report:
         return "\n".join(lines)
 
 
+class _Row(NamedTuple):
+    """One call of a network."""
+
+    step: int
+    network: str
+    phase: str
+    rows: int
+    compiled: int
+    seconds: Callable[[], float]
+
+
 @dataclass
 class StepClock:
-    """Collects a row for each step at a few microseconds a step; the rows are made when the report is read."""
+    """Collects a row for each call at a few microseconds a call; the steps are made of them when the report is read."""
 
-    _rows: list[tuple[int, str, int, int, Callable[[], float]]] = field(default_factory=list)
+    _rows: list[_Row] = field(default_factory=list)
 
     def start(self, device: torch.device) -> Any:
-        """Begin timing a step on this device."""
+        """Begin timing a call on this device."""
         if device.type == "cuda":
             event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             event.record()
             return event
         return time.perf_counter()
 
-    def stop(self, started: Any, index: int, phase: str, batch: int, compiled: int) -> None:
-        """End the step that `start` began, and note what it was."""
+    def stop(self, started: Any, step: int, network: str, phase: str, rows: int, compiled: int) -> None:
+        """End the call that `start` began, and note what it was."""
         if isinstance(started, float):
             seconds = time.perf_counter() - started
-            self._rows.append((index, phase, batch, compiled, lambda: seconds))
+            self._rows.append(_Row(step, network, phase, rows, compiled, lambda: seconds))
         else:
             ended = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             ended.record()
-            self._rows.append((index, phase, batch, compiled, lambda: _elapsed(started, ended)))
+            self._rows.append(_Row(step, network, phase, rows, compiled, lambda: _elapsed(started, ended)))
 
     def steps(self) -> tuple[StepReport, ...]:
-        """Return the rows so far. On CUDA this waits for the last step to finish."""
+        """Return a row for each step so far. On CUDA this waits for the last one to finish."""
+        calls = [list(group) for _, group in itertools.groupby(self._rows, lambda row: row.step)]
         return tuple(
-            StepReport(index, phase, batch, seconds(), compiled)
-            for index, phase, batch, compiled, seconds in self._rows
+            StepReport(
+                index=group[0].step,
+                phase=group[0].phase,
+                batch=sum(row.rows for row in group),
+                seconds=sum(row.seconds() for row in group),
+                compiled=sum(row.compiled for row in group),
+                network=group[0].network,
+                calls=len(group),
+            )
+            for group in calls
         )
 
 

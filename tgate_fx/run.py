@@ -1,142 +1,165 @@
-"""One generation: count the step, slice the branch, run the phase, keep what it captured, give the batch back."""
+"""One generation of one network: slice the branch, run the phase, keep what it captured, give the batch back."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from .cache import StaticCache
-from .errors import StateError, UnsupportedError
-from .guidance import guidance_is_on
+from .errors import StateError
 from .inputs import latents_of
 from .network import Network
 from .phases import Example, Phases, example
-from .report import StepClock
 from .roles import Kind, Role, Roles
-from .schedule import Schedule, Step
+from .schedule import Step
 from .split import Cache
-from .step_count import step_count
+from .steps import Steps
+
+
+@dataclass
+class GatedNetwork:
+    """A network of a gated pipeline, what runs its phases, and where captured values are kept."""
+
+    network: Network
+    phases: Phases
+    cache: StaticCache = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.cache = StaticCache(self.phases.needs_static_addresses)
+
+
+# Where what is kept of a step's first call is, or of both branches, and of its second one.
+_SLOTS = range(2)
+
+# In the second one's place, where only one branch goes on: what the conditional branch captured, for a callback may
+# turn guidance off before the gate's first step.
+_OWN = 1
 
 
 class Run:
-    """One generation of a gated pipeline, for one network of it.
+    """One generation, seen from one network.
 
     Args:
-        pipe: the pipeline, in the middle of its own ``__call__``.
-        network: whose calls these are.
-        phases: what runs them.
-        cache: where captured values are kept.
-        schedule: which phase each step is in.
-        guidance_scale: as bound by the call, for pipelines without ``do_classifier_free_guidance``.
+        gated: the network.
+        steps: of the generation, shared by all of its networks.
 
     Attributes:
-        schedule: the same, with a share of the steps made a step index once their number is known.
-        phases: what runs the steps.
-        steps: how many steps were run.
-        branch_sliced: whether the step that ran last saw one guidance branch only.
-        clock: what each step was, and how long it took.
+        network, phases: of the network.
+        schedule: which phase each step is in, from the network's first call on.
         examples: for each phase what it was given first, for `tgate_fx.graphs`.
-        device: where the denoiser ran; None before the first step.
+        device: where the network ran; None before its first call.
+        branch_sliced: whether the call that ran last saw one guidance branch only.
     """
 
-    def __init__(
-        self,
-        pipe: Any,
-        network: Network,
-        phases: Phases,
-        cache: StaticCache,
-        schedule: Schedule,
-        guidance_scale: Any,
-    ) -> None:
-        self._pipe = pipe
-        self._network = network
-        self._cache = cache
-        self._guidance_scale = guidance_scale
-        family = network.family
-        self._guidance = family.guidance(family.batched, family.channels_dim, schedule.after_gate)
-        self._cached: list[tuple[torch.Tensor, ...]] = [()] * len(Kind)
-        self._cached_for: list[tuple[int, ...]] = [()] * len(Kind)  # the shape of the latents
-        self._expected: int | None = None
-        self.schedule = schedule
-        self.phases = phases
-        self.clock = StepClock()
+    def __init__(self, gated: GatedNetwork, steps: Steps) -> None:
+        self.network = gated.network
+        self.phases = gated.phases
+        self._cache = gated.cache
+        self._steps = steps
+        family = self.network.family
+        self._guidance = family.guidance(self.network.module, family.rows, steps.schedule.after_gate)
+        # By the slot, which is the call of its step that captured it, and the kind of site.
+        self._cached: list[list[Sequence[torch.Tensor]]] = [[()] * len(Kind) for _ in _SLOTS]
+        self._cached_for: list[list[tuple[int, ...]]] = [[()] * len(Kind) for _ in _SLOTS]  # the shape of the latents
+        self._slot = 0  # from the gate on, where one branch goes on
+        self._first = 0  # the step of the network's first call
+        self._answer: Any = None
+        self.schedule = steps.schedule
         self.examples: dict[Roles, Example] = {}
         self.device: torch.device | None = None
-        self.steps = 0
         self.branch_sliced = False
 
     def step(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Run one call of the denoiser, with the arguments that the pipeline gave."""
-        inputs = dict(zip(self._network.dispatch.parameters, args, strict=False))
+        """Run one call of the network, with the arguments that the pipeline gave."""
+        inputs = dict(zip(self.network.dispatch.parameters, args, strict=False))
         inputs.update(kwargs)
         _, latents = latents_of(inputs)
-        started = self.clock.start(latents.device)
-        guided = guidance_is_on(self._pipe, self._guidance_scale)
-        if self.steps == 0:
-            self._begin(inputs, latents, guided)
-        elif self.schedule.caches:
-            self._check_new_step(inputs)
-        step = self.schedule.at(self.steps)
+        started = self._steps.clock.start(latents.device)
+        guided = self._steps.guided
+        call = self._guidance.place(inputs)
+        if call == 0:
+            self._steps.begin()
+        if self.device is None:
+            self._begin(latents)
+        if call >= self._guidance.calls and self.schedule.caches:
+            self._steps.refuse_call()
+        index = self._steps.index
+        if index == self._first and guided and self._steps.will_gate:
+            self._guidance.check(inputs, latents)
+        step = self.schedule.at(index)
+        one_branch = step.gated and self.schedule.one_branch
+        self.branch_sliced = one_branch and guided
+        if one_branch and call:
+            return self._answer
         rows = latents.shape[0]
-        self.branch_sliced = guided and step.gated and self.schedule.one_branch
         if self.branch_sliced:
-            inputs = self._guidance.slice_branch(inputs, rows)
+            inputs = self._guidance.one_branch(inputs, rows)
             rows = self._guidance.rows_kept(rows)
-        cache = self._cache_for(step, (rows, *latents.shape[1:]))
+        if one_branch and index == self.schedule.gate_step and not guided and self._cached[_OWN][Kind.CROSS_ATTENTION]:
+            self._slot = _OWN
+        slot = self._slot if one_branch else call
+        cache = self._cache_for(step, slot, (rows, *latents.shape[1:]))
         if step.roles not in self.examples:
             self.examples[step.roles] = example(step, cache, inputs)
         graphs = self.phases.graphs
         output, captured = self.phases(step, cache, inputs)
         if any(step.keep):
-            self._keep(step, captured, latents, guided)
+            self._keep(step, slot, captured, latents, guided)
+        if one_branch:
+            self._answer = output
         if self.branch_sliced:
             output = self._guidance.give_back(output)
-        self.clock.stop(started, self.steps, step.phase, rows, self.phases.graphs - graphs)
-        self.steps += 1
+        name = self.network.attribute
+        self._steps.clock.stop(started, index, name, step.phase, rows, self.phases.graphs - graphs)
         return output
 
-    def _begin(self, inputs: dict[str, Any], latents: torch.Tensor, guided: bool) -> None:
-        """Settle at the first step where the gate is, and refuse now what could not be gated then."""
+    def end(self) -> None:
+        """End the generation, even one that failed."""
+        self.branch_sliced = False
+        self._answer = None
+
+    def _begin(self, latents: torch.Tensor) -> None:
+        """Begin with the network's first call: if that comes after the gate, its gate is the step after it."""
         self.device = latents.device
-        self._expected = step_count(self._pipe)
-        self.schedule = self.schedule.resolve(self._expected)
-        gate = self.schedule.gate_step
-        if guided and gate is not None and (self._expected is None or gate < self._expected):
-            self._guidance.check(self._network.module, inputs, latents)
-        self._guidance.begins_step(inputs)
+        self._first = self._steps.index
+        self.schedule = self._steps.schedule.begun_at(self._first)
 
-    def _check_new_step(self, inputs: dict[str, Any]) -> None:
-        """Raise `UnsupportedError` for a second call in the same step, or one beyond the last step."""
-        beyond = self._expected is not None and self.steps >= self._expected
-        if not self._guidance.begins_step(inputs) or beyond:
-            raise UnsupportedError(
-                f"{type(self._pipe).__name__} calls its denoiser several times a step: expected one call with the "
-                "batch [uncond, cond]. Use it with gate_step=None."
-            )
-
-    def _cache_for(self, step: Step, shape: tuple[int, ...]) -> Cache:
+    def _cache_for(self, step: Step, slot: int, shape: tuple[int, ...]) -> Cache:
         """Return what is cached of the kinds that this step reuses, for latents of this shape."""
-        for role, cached_for in zip(step.roles, self._cached_for, strict=True):
+        for role, cached_for in zip(step.roles, self._cached_for[slot], strict=True):
             if role is Role.REUSE and cached_for != shape:
                 raise StateError(
-                    f"The denoiser was given latents of shape {list(shape)} at step {self.steps}, but what is cached "
-                    f"is for {list(cached_for)}: expected the batch and the resolution to stay as they were. Leave "
-                    "guidance on or off for the whole generation, or use gate_step=None."
+                    f"The denoiser was given latents of shape {list(shape)} at step {self._steps.index}, but what is "
+                    f"cached is for {list(cached_for)}: expected the batch and the resolution to stay as they were. "
+                    "Leave guidance on or off for the whole generation, or use gate_step=None."
                 )
-        pairs = zip(step.roles, self._cached, strict=True)
+        pairs = zip(step.roles, self._cached[slot], strict=True)
         return tuple([cached if role is Role.REUSE else () for role, cached in pairs])
 
-    def _keep(self, step: Step, captured: Cache, latents: torch.Tensor, guided: bool) -> None:
-        """Copy what was captured into the static cache; from a guidance batch into one branch's, if one goes on."""
-        # The next step is the first gated one, and the batch is still whole.
-        merge = guided and self.schedule.one_branch and not step.gated and self.schedule.at(self.steps + 1).gated
+    def _keep(self, step: Step, slot: int, captured: Cache, latents: torch.Tensor, guided: bool) -> None:
+        """Copy what was captured into the static cache; of two branches into one's, if one goes on."""
+        shape = latents.shape[1:]
+        # The next step is the first gated one, and both branches were still computed.
+        last = self.schedule.one_branch and not step.gated and self.schedule.at(self._steps.index + 1).gated
+        merges = last and self._guidance.has_other_branch(guided)
         rows = latents.shape[0]
-        if merge or self.branch_sliced:
+        if merges or self.branch_sliced:
             rows = self._guidance.rows_kept(rows)
         for kind in Kind:
             if step.keep[kind]:
-                self._network.check_captured(kind, captured[kind])
-                self._cached[kind] = self._cache.keep(kind, captured[kind], merge=merge)
-                self._cached_for[kind] = (rows, *latents.shape[1:])
+                self.network.check_captured(kind, captured[kind])
+                if merges:
+                    first = self._cached[0][kind]
+                    if self._steps.calls_back:
+                        own = self._guidance.conditional(captured[kind], first)
+                        self._cached[_OWN][kind] = self._cache.keep(kind, own, _OWN)
+                        self._cached_for[_OWN][kind] = (rows, *shape)
+                    slot = 0
+                    kept = self._guidance.merge(self._cache, kind, captured[kind], first)
+                else:
+                    kept = self._cache.keep(kind, captured[kind], slot)
+                self._cached[slot][kind] = kept
+                self._cached_for[slot][kind] = (rows, *shape)

@@ -111,6 +111,16 @@ class Schedule:
             )
         return replace(self, gate_step=max(1, round(self.gate_step * steps)))
 
+    def begun_at(self, index: int) -> Schedule:
+        """Return the resolved schedule for a network that is first called at this step: there it computes everything.
+
+        Its gate is the step after it, if it would have been before.
+        """
+        if self.off or index == 0:
+            return self
+        gate = None if self.gate_step is None else max(int(self.gate_step), index + 1)
+        return replace(self, gate_step=gate, warm_up=max(self.warm_up, index))
+
     def at(self, index: int) -> Step:
         """Return the step with this index, of a resolved schedule.
 

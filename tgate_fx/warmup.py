@@ -55,7 +55,8 @@ def warmup(
     """
     gated, call = call_for(pipe, height, width, batch_size, inputs)
     reach_every_phase(pipe, gated, call, "compiling")
-    if gated.phases.uses_cuda_graphs(next(gated.network.module.parameters()).device):
+    devices = zip(gated.networks, gated.devices, strict=True)
+    if any(each.phases.uses_cuda_graphs(device) for each, device in devices):
         reach_every_phase(pipe, gated, call, "recording")  # a CUDA graph is recorded when it runs again
     return report(pipe)
 
@@ -65,7 +66,7 @@ def call_for(
 ) -> tuple[Gated, dict[str, Any]]:
     """Return the gate of a compiled pipeline, and what to call it with for images of this size; see `warmup`."""
     gated = Gated.of(pipe)
-    if gated is None or not gated.phases.is_compiled:
+    if gated is None or not gated.networks[0].phases.is_compiled:
         raise StateError(
             f"This {type(pipe).__name__} is not compiled: expected one given to tgate_fx.compile. There is nothing to "
             "compile ahead for any other."
@@ -101,7 +102,7 @@ def reach_every_phase(pipe: Any, gated: Gated, call: dict[str, Any], doing: str)
     with _progress_bar(pipe, f"tgate_fx: {doing}"):
         for _ in range(_TRIES):
             pipe(**call, num_inference_steps=steps, gate_step=gate)
-            if gated.run is not None and wanted <= set(gated.run.examples):
+            if all(wanted <= set(run.examples) for run in gated.runs):
                 return
             steps *= 2
     raise StateError(

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..deepcache import DeepCache
-from ..errors import StateError
+from ..errors import StateError, UnsupportedError
 from ..gated import Gated, check_not_gated
-from ..network import Network
+from ..network import Network, networks_of
 from ..roles import Role, Roles
+from ..run import GatedNetwork
 from ..schedule import Schedule
 from . import fingerprint, manifest, private, weights_file
 from .packaged import Package, PackagedPhases
@@ -44,14 +45,14 @@ def load(pipe: Pipeline, path: str | Path) -> Pipeline:
     schedule = Schedule(**contents["schedule"])
     interval = schedule.deep_interval
     deepcache = None if interval is None else DeepCache(interval=interval, branch=contents["deepcache"])
-    network = Network(pipe, deepcache)
+    network = _only_network(pipe, deepcache)
     frozen = contents["weights"] is not None
     manifest.check_environment(contents, network.module)
     if frozen:
         manifest.check_parts("weights", contents, fingerprint.weights(network.module))
     packages = _load_packages(path, contents)
     phases = PackagedPhases(network.module, packages, contents["structure"], frozen=frozen)
-    gated = Gated(pipe, schedule, network, phases)
+    gated = Gated(pipe, schedule, [GatedNetwork(network, phases)])
     gated.attach(pipe)
     try:
         manifest.check_parts("structure", contents, fingerprint.structure(network.module))
@@ -59,6 +60,16 @@ def load(pipe: Pipeline, path: str | Path) -> Pipeline:
         gated.detach(pipe)
         raise
     return pipe
+
+
+def _only_network(pipe: Any, deepcache: DeepCache | None) -> Network:
+    networks = networks_of(pipe, deepcache)
+    if len(networks) > 1:
+        raise UnsupportedError(
+            f"This {type(pipe).__name__} has two denoisers: expected one, whose phases an artifact holds. Use "
+            "tgate_fx.compile."
+        )
+    return networks[0]
 
 
 def _load_packages(path: Path, contents: dict[str, Any]) -> dict[Roles, list[Package]]:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from .. import private
-from ..errors import ArgumentError, CompileError
-from ..gated import Gated
+from ..errors import ArgumentError, CompileError, UnsupportedError
+from ..network import Network
 from ..phase_graph import trace
 from ..phases import EagerPhases, Example
 from ..warmup import call_for, reach_every_phase
@@ -51,14 +51,17 @@ def save(
     if path.exists():
         raise ArgumentError(f"{path} already exists: expected a new directory. Remove it, or choose another path.")
     gated, call = call_for(pipe, height, width, batch_size, inputs)
-    network = gated.network
-    device = next(network.module.parameters()).device
-    options = gated.phases.inductor_options(device)
+    if len(gated.networks) > 1:
+        raise UnsupportedError(
+            f"This {type(pipe).__name__} has two denoisers: expected one, whose phases an artifact holds. Use "
+            "tgate_fx.warmup in every process."
+        )
+    network = gated.networks[0].network
+    options = gated.networks[0].phases.inductor_options(gated.devices[0])
     aot.check_torch()
-    with gated.running_with(EagerPhases(network)):
+    with gated.running_with(EagerPhases):
         reach_every_phase(pipe, gated, call, "looking at each phase")
-    assert gated.run is not None
-    examples = list(gated.run.examples.values())
+    examples = list(gated.runs[0].examples.values())
     frozen = bool(options.get("freezing"))
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as made:
@@ -67,7 +70,7 @@ def save(
         with (folder / manifest.WEIGHTS_FILE).open("wb") as file:
             writer = WeightsWriter(file, {} if frozen else weights_of(network.module))
             phases = [
-                _compile(gated, example, options, folder / f"{index}.pt2", writer)
+                _compile(network, example, options, folder / f"{index}.pt2", writer)
                 for index, example in enumerate(examples)
             ]
         contents = {
@@ -85,10 +88,10 @@ def save(
 
 
 def _compile(
-    gated: Gated, example: Example, options: dict[str, Any], package: Path, writer: WeightsWriter
+    network: Network, example: Example, options: dict[str, Any], package: Path, writer: WeightsWriter
 ) -> dict[str, Any]:
     """Compile one phase into a package; return the manifest's entry for it."""
-    graph = trace(gated.network, example._replace(inputs=sorted_by_name(example.inputs)))
+    graph = trace(network, example._replace(inputs=sorted_by_name(example.inputs)))
     arguments = graph.arguments()
     with torch.no_grad(), private.compile_lock():
         results = aot.Structure.of(graph.module(*arguments))

@@ -14,7 +14,7 @@ import tgate_fx
 from .. import private
 from ..compiled.backend import PrunedBackend
 from ..compiled.settings import CompileSettings
-from ..network import find_denoiser
+from ..network import networks_of
 from ..schedule import Schedule
 from .workload import Workload
 
@@ -81,8 +81,8 @@ def _compile_denoiser(pipe: Any, *, freezing: bool = False, **settings: Any) -> 
     if freezing:
         private.frozen_parameters().__enter__()
     private.fail_at_recompile_limit().__enter__()  # else the rest would silently run eagerly
-    name, denoiser, _ = find_denoiser(pipe)
-    setattr(pipe, name, torch.compile(denoiser, **settings))
+    (network,) = networks_of(pipe)
+    setattr(pipe, network.attribute, torch.compile(network.module, **settings))
 
 
 def _cutoff(**settings: Any) -> Prepare:
@@ -142,7 +142,7 @@ def _openvino(pipe: Any, workload: Workload) -> Generate:
     """Diffusers' own pipeline, its denoiser converted to OpenVINO."""
     from .openvino import convert
 
-    convert(find_denoiser(pipe)[1], workload.torch_dtype)
+    convert(networks_of(pipe)[0].module, workload.torch_dtype)
     return lambda steps, gate: workload.latents(pipe, steps)
 
 

@@ -1,0 +1,74 @@
+"""Guidance as diffusers writes it for most videos: two calls of the denoiser a step, the conditional branch first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from .cache import StaticCache
+from .errors import UnsupportedError
+from .guidance import GuidanceForm
+from .roles import Kind
+
+
+class SeparateCalls(GuidanceForm):
+    """The first call of a step has the conditional branch, the second, if there is one, the unconditional one.
+
+    The conditional branch goes on, since its inputs come first. The second call of a gated step is answered with the
+    first one's output: guidance over two equal predictions gives back exactly that.
+    """
+
+    calls = 2
+    branches = ("positive",)
+    _latents: torch.Tensor | None = None
+
+    def check(self, inputs: Mapping[str, Any], latents: torch.Tensor) -> None:
+        """See that both calls have the same latents; see `GuidanceForm.check`."""
+        if self._call == 0:
+            self._latents = latents
+            return
+        first, self._latents = self._latents, None
+        if first is None or not self._same(first, latents):
+            raise UnsupportedError(
+                "Guidance is on, and the denoiser was called twice in a step, but with other latents: expected one "
+                "call for each branch with the same latents. Use gate_step=None, or guidance off."
+            )
+
+    def _same(self, first: torch.Tensor, second: torch.Tensor) -> bool:
+        own = [self._rows.own_latents(self._denoiser, latents) for latents in (first, second)]
+        return torch.equal(*own)
+
+    def rows_kept(self, rows: int) -> int:
+        """Return all of them."""
+        return rows
+
+    def one_branch(self, inputs: dict[str, Any], rows: int) -> dict[str, Any]:
+        """Return the same inputs."""
+        return inputs
+
+    def has_other_branch(self, guided: bool) -> bool:
+        """Return whether this is the second call of its step."""
+        return self._call > 0
+
+    def merge(
+        self, cache: StaticCache, kind: Kind, captured: Sequence[torch.Tensor], first: Sequence[torch.Tensor]
+    ) -> Sequence[torch.Tensor]:
+        """Replace what is kept of the first call by its mean with these."""
+        for buffer, tensor in zip(first, captured, strict=True):
+            if buffer.shape != tensor.shape:
+                raise UnsupportedError(
+                    f"A {kind.title} output has shape {list(buffer.shape)} in one guidance branch and "
+                    f"{list(tensor.shape)} in the other: expected the same. Use gate_step=None, or guidance off."
+                )
+            buffer.add_(tensor).div_(2)
+        return first
+
+    def conditional(self, captured: Sequence[torch.Tensor], first: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Return the first call's."""
+        return first
+
+    def give_back(self, output: Any) -> Any:
+        """Return the same output."""
+        return output

@@ -1,0 +1,73 @@
+"""Which step a generation is at: one count for all of its networks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .errors import UnsupportedError
+from .guidance import guidance_is_on
+from .report import StepClock
+from .schedule import Schedule
+from .step_count import step_count
+
+
+class Steps:
+    """The steps of one generation.
+
+    Args:
+        pipe: the pipeline, in the middle of its own ``__call__``.
+        schedule: which phase each step is in.
+        guidance_scale: as bound by the call, for pipelines without ``do_classifier_free_guidance``.
+        calls_back: whether a callback of the user's runs between steps.
+
+    Attributes:
+        schedule: the same, with a share of the steps made a step index once their number is known.
+        begun: how many steps were begun.
+        clock: what each step was, and how long it took.
+        calls_back: see above.
+    """
+
+    def __init__(self, pipe: Any, schedule: Schedule, guidance_scale: Any, *, calls_back: bool) -> None:
+        self._pipe = pipe
+        self._guidance_scale = guidance_scale
+        self._expected: int | None = None
+        self.schedule = schedule
+        self.begun = 0
+        self.clock = StepClock()
+        self.calls_back = calls_back
+
+    @property
+    def index(self) -> int:
+        """The index of the step that was begun last."""
+        return self.begun - 1
+
+    @property
+    def guided(self) -> bool:
+        """Whether the pipeline guides now."""
+        return guidance_is_on(self._pipe, self._guidance_scale)
+
+    @property
+    def will_gate(self) -> bool:
+        """Whether there is a gated step, as far as the number of steps is known."""
+        gate = self.schedule.gate_step
+        return gate is not None and not self.schedule.off and (self._expected is None or gate < self._expected)
+
+    def begin(self) -> None:
+        """Begin a step; settle at the first where the gate is.
+
+        Raises:
+            UnsupportedError: there are more steps than the pipeline said.
+        """
+        if self.begun == 0:
+            self._expected = step_count(self._pipe)
+            self.schedule = self.schedule.resolve(self._expected)
+        elif self.schedule.caches and self._expected is not None and self.begun >= self._expected:
+            self.refuse_call()
+        self.begun += 1
+
+    def refuse_call(self) -> None:
+        """Raise `UnsupportedError` for a call of the denoiser that is of no step."""
+        raise UnsupportedError(
+            f"{type(self._pipe).__name__} calls its denoiser several times a step: expected one call with the batch "
+            "[uncond, cond]. Use it with gate_step=None."
+        )
