@@ -1,0 +1,224 @@
+"""What gating a pipeline means, written down a second time with plain hooks: nothing here is of tgate_fx.
+
+Sites are found from tensors alone. Every call of a denoiser is always computed whole; what the gate leaves out is
+replaced afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+Call = Callable[[], Any]
+
+_CONTEXTS = ("encoder_hidden_states", "context")
+
+
+@dataclass
+class Recorded:
+    """What one call of a denoiser was given, and what its modules were."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """All tensors in nested lists, tuples and dicts."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return [tensor for item in items for tensor in tensors_in(item)]
+
+
+def changed(value: Any) -> Any:
+    """The same structure, with other floating-point numbers in it."""
+    if isinstance(value, torch.Tensor):
+        generator = torch.Generator().manual_seed(9)
+        noise = torch.randn(value.shape, generator=generator).to(value.dtype)
+        return value + noise if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {name: changed(item) for name, item in value.items()}
+    return type(value)(changed(item) for item in value) if type(value) in (list, tuple) else value
+
+
+def copied(value: Any) -> Any:
+    """The same structure in new lists, since some forwards empty those that they are given."""
+    if isinstance(value, dict):
+        return {name: copied(item) for name, item in value.items()}
+    return type(value)(copied(item) for item in value) if type(value) in (list, tuple) else value
+
+
+def first_call(denoiser: nn.Module, generate: Call) -> Recorded:
+    """The arguments of a denoiser's first call in a generation."""
+    seen: list[Recorded] = []
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not seen:
+            seen.append(Recorded(copied(args), copied(kwargs)))
+
+    with hooked(denoiser.register_forward_pre_hook(record, with_kwargs=True)):
+        generate()
+    return seen[0]
+
+
+@contextlib.contextmanager
+def hooked(*handles: Any) -> Iterator[None]:
+    """Context manager: these hooks go afterwards."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def bound(module: nn.Module, recorded: Recorded) -> dict[str, Any]:
+    """The arguments of a call by name."""
+    return dict(inspect.signature(type(module).forward).bind(module, *recorded.args, **recorded.kwargs).arguments)
+
+
+def query_and_context(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, list[torch.Tensor]]:
+    """What an attention asks with, and what it attends to; the latter empty if it is not given apart."""
+    query = args[0] if args else next((kwargs[name] for name in ("hidden_states", "x") if name in kwargs), None)
+    given = [kwargs[name] for name in _CONTEXTS if kwargs.get(name) is not None] or list(args[1:2])
+    context = tensors_in(given)
+    return query, [] if any(tensor is query for tensor in context) else context
+
+
+def find_sites(denoiser: nn.Module, generate: Call, latents: str, text: tuple[str, ...]) -> list[str]:
+    """The names of the modules whose keys and values depend on the text alone, and whose query on the latents."""
+    recorded = first_call(denoiser, generate)
+    arguments = bound(denoiser, recorded)
+    arguments.pop("self", None)
+    own = arguments.pop("kwargs", {})
+    runs = []
+    for names in ((), (latents,), text):
+        varied = {
+            name: changed(value) if name in names else copied(value) for name, value in {**arguments, **own}.items()
+        }
+        runs.append(_calls(denoiser, varied))
+    plain, other_latents, other_text = runs
+    found = []
+    for name, (query, context) in plain.items():
+        if not context or not isinstance(query, torch.Tensor) or name not in other_latents or name not in other_text:
+            continue
+        fixed = all(map(torch.equal, context, other_latents[name][1]))
+        reads_text = not all(map(torch.equal, context, other_text[name][1]))
+        if fixed and reads_text and not torch.equal(query, other_latents[name][0]):
+            found.append(name)
+    # The attention itself, not what holds it.
+    return [name for name in found if not any(other.startswith(f"{name}.") for other in found)]
+
+
+def _calls(denoiser: nn.Module, arguments: dict[str, Any]) -> dict[str, tuple[Any, list[torch.Tensor]]]:
+    seen: dict[str, tuple[Any, list[torch.Tensor]]] = {}
+
+    def watch(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            query, context = query_and_context(module, args, kwargs)
+            seen[name] = (
+                query.clone() if isinstance(query, torch.Tensor) else query,
+                [tensor.clone() for tensor in context],
+            )
+
+        return hook
+
+    modules = [(name, module) for name, module in denoiser.named_modules() if "Attention" in type(module).__name__]
+    handles = [module.register_forward_pre_hook(watch(name), with_kwargs=True) for name, module in modules]
+    with hooked(*handles), torch.no_grad():
+        denoiser(**arguments)
+    return seen
+
+
+@dataclass
+class Network:
+    """One denoiser: its sites, and what the gate has kept of them."""
+
+    module: nn.Module
+    sites: list[str]
+    gate: int | None = None
+    kept: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)
+    first_output: Any = None
+
+
+def gated(networks: list[Network], generate: Call, gate: int, form: str, calls: int = 1, keep: str = "positive") -> Any:
+    """Generate with the gate.
+
+    Args:
+        networks: the denoisers.
+        generate: calls the pipeline.
+        gate: the first gated step.
+        form: how guidance reaches them: "batch", "reversed", "calls" or "none".
+        calls: how many calls a step has.
+        keep: the branch that goes on, of a batch.
+    """
+    position = {"calls": -1}
+    half = (
+        {"batch": ("negative", "positive"), "reversed": ("positive", "negative")}.get(form, ()).index(keep)
+        if form
+        in (
+            "batch",
+            "reversed",
+        )
+        else 0
+    )
+    handles = []
+    for network in networks:
+
+        def begin(module: nn.Module, args: Any, kwargs: Any, network: Network = network) -> None:
+            position["calls"] += 1
+            if network.gate is None:
+                network.gate = max(gate, position["calls"] // calls + 1)
+
+        def keep_or_replace(name: str, network: Network) -> Any:
+            def hook(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+                step, call = divmod(position["calls"], calls)
+                assert network.gate is not None
+                if step < network.gate - 1:
+                    return output
+                if step == network.gate - 1:
+                    network.kept[name, call] = output
+                    return output
+                kept = network.kept[name, 0]
+                if form in ("batch", "reversed"):
+                    first, second = kept.chunk(2)
+                    return torch.cat([(first + second) / 2] * 2)
+                return (kept + network.kept[name, 1]) / 2 if calls == 2 else kept
+
+            return hook
+
+        def answer(module: nn.Module, args: Any, output: Any, network: Network = network) -> Any:
+            step, call = divmod(position["calls"], calls)
+            assert network.gate is not None
+            if step < network.gate:
+                return output
+            if form in ("batch", "reversed"):
+                return mapped(lambda tensor: torch.cat([tensor.chunk(2)[half]] * 2), output)
+            if call == 0:
+                network.first_output = output
+            return network.first_output
+
+        handles.append(network.module.register_forward_pre_hook(begin, with_kwargs=True))
+        handles += [
+            network.module.get_submodule(name).register_forward_hook(keep_or_replace(name, network))
+            for name in network.sites
+        ]
+        handles.append(network.module.register_forward_hook(answer))
+    with hooked(*handles):
+        return generate()
+
+
+def mapped(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
+    """The same structure with a function of every tensor."""
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        return type(value)(**{name: mapped(function, item) for name, item in value.items()})
+    return type(value)(mapped(function, item) for item in value) if type(value) in (list, tuple) else value

@@ -1,0 +1,92 @@
+"""Every family against an oracle that this package did not write: gated eagerly, and compiled."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import Any
+
+import pytest
+import torch
+
+import tgate_fx
+from tests import oracle, zoo
+from tests.conftest import CountingBackend
+from tests.test_compile import relative_error
+
+ENTRIES = [
+    entry
+    for module in pkgutil.iter_modules(zoo.__path__)
+    for entry in importlib.import_module(f"tests.zoo.{module.name}").ENTRIES
+]
+GATE = 2
+
+
+def denoisers_of(pipe: Any, entry: zoo.Entry) -> list[Any]:
+    return [getattr(pipe, name) for name in entry.denoisers if getattr(pipe, name) is not None]
+
+
+def outputs_of(pipe: Any, entry: zoo.Entry) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """What a generation gives, and the denoisers' outputs, call by call."""
+    seen: list[torch.Tensor] = []
+
+    def record(module: Any, args: Any, output: Any) -> None:
+        seen.append(torch.cat([tensor.flatten() for tensor in oracle.tensors_in(output)]).clone())
+
+    with oracle.hooked(*[module.register_forward_hook(record) for module in denoisers_of(pipe, entry)]):
+        return entry.run(pipe), seen
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.pipeline)
+def test_gated_eagerly(entry: zoo.Entry) -> None:
+    pipe = entry.make()
+    denoisers = denoisers_of(pipe, entry)
+    calls = 2 if entry.form == "calls" else 1
+    sites = [oracle.find_sites(each, lambda: entry.run(pipe), entry.latents, entry.text) for each in denoisers]
+    assert all(sites)
+    plain, plain_outputs = outputs_of(pipe, entry)
+    networks = [oracle.Network(*pair) for pair in zip(denoisers, sites, strict=True)]
+    expected = oracle.gated(networks, lambda: entry.run(pipe), GATE, entry.form, calls)
+
+    tgate_fx.gate(pipe, gate_step=GATE, after_gate="positive" if entry.form != "none" else None, **entry.settings)
+    assert [site.name for site in tgate_fx.sites(pipe)] == [name for names in sites for name in names]
+    got, outputs = outputs_of(pipe, entry)
+    assert torch.isfinite(got).all()
+    assert relative_error(got, expected) < 1e-5
+    assert relative_error(got, plain) > 1e-4
+    assert len(outputs) == len(plain_outputs)
+    assert all(map(torch.equal, outputs[: GATE * calls], plain_outputs[: GATE * calls]))
+    assert tgate_fx.report(pipe).gate == GATE
+    if entry.only_cross:
+        assert torch.equal(with_other_text_after_the_gate(pipe, entry, calls), got)
+    tgate_fx.restore(pipe)
+    assert torch.equal(entry.run(pipe), plain)
+
+
+def with_other_text_after_the_gate(pipe: Any, entry: zoo.Entry, calls: int) -> torch.Tensor:
+    """Generate with noise in place of the text from each denoiser's first gated step on."""
+    position = {"calls": -1}
+    begun: dict[int, int] = {}
+
+    def replace(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        position["calls"] += 1
+        step = position["calls"] // calls
+        if step < max(GATE, begun.setdefault(id(module), step) + 1):
+            return None
+        assert any(name in kwargs for name in entry.text)
+        return args, {name: oracle.changed(value) if name in entry.text else value for name, value in kwargs.items()}
+
+    handles = [each.register_forward_pre_hook(replace, with_kwargs=True) for each in denoisers_of(pipe, entry)]
+    with oracle.hooked(*handles):
+        return entry.run(pipe)
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.pipeline)
+def test_compiled(entry: zoo.Entry, backend: CountingBackend) -> None:
+    after_gate = "positive" if entry.form != "none" else None
+    expected = entry.run(tgate_fx.gate(entry.make(), gate_step=GATE, after_gate=after_gate, **entry.settings))
+    pipe = tgate_fx.compile(entry.make(), gate_step=GATE, after_gate=after_gate, backend=backend, **entry.settings)
+    for _ in range(2):
+        assert relative_error(entry.run(pipe), expected) < 1e-5
+    assert len(backend.graphs) == entry.graphs
+    assert tgate_fx.report(pipe).recompiles == 0

@@ -1,0 +1,84 @@
+"""A tiny pipeline of every family: real classes with random weights that do not vanish, made without a network.
+
+Text encoders are left out; embeddings are given. Each file has the pipelines of one family in ``ENTRIES``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+STEPS = 4
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One pipeline, and what the oracle has to know of it.
+
+    Attributes:
+        pipeline: its class; with a word after it where there are several settings of one class.
+        make: makes it with seeded weights.
+        inputs: what it is called with, new at every call; with guidance, if it has any, and `STEPS` steps.
+        form: how guidance reaches the denoiser: "batch" ([uncond, cond]), "reversed", "calls" or "none".
+        text: the names of the denoiser's inputs that carry the text.
+        latents: the name of the denoiser's input that has the latents.
+        output: the field of the pipeline's output to compare.
+        denoisers: the attributes that have the denoisers.
+        only_cross: whether text reaches the denoiser by cross-attention only.
+        graphs: how many graphs two generations take.
+        settings: what `tgate_fx.gate` has to be given besides.
+    """
+
+    pipeline: str
+    make: Callable[[], Any]
+    inputs: Callable[[], dict[str, Any]]
+    form: str = "batch"
+    text: tuple[str, ...] = ("encoder_hidden_states",)
+    latents: str = "hidden_states"
+    output: str = "frames"
+    denoisers: tuple[str, ...] = ("transformer",)
+    only_cross: bool = True
+    graphs: int = 2
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def run(self, pipe: Any) -> torch.Tensor:
+        """Generate, and return the latents (or whatever the pipeline gives) as one tensor."""
+        with torch.no_grad():
+            result = pipe(**self.inputs())
+        value = result[self.output] if isinstance(result, dict) else getattr(result, self.output)
+        return torch.as_tensor(value)
+
+
+def quiet(pipe: Any) -> Any:
+    """The same pipeline without its progress bar."""
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def seeded(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
+    """A module in eval mode with weights that depend on the seed, none of them all zeros.
+
+    Models begin training with gates and last layers of zeros, with which text would change nothing.
+    """
+    torch.manual_seed(seed)
+    module = make().eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if not parameter.any():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return module
+
+
+def noise(*shape: int, seed: int = 1, scale: float = 1.0) -> torch.Tensor:
+    """Random numbers, the same at every call."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def generator(seed: int = 3) -> torch.Generator:
+    """A generator for a pipeline's latents."""
+    return torch.Generator().manual_seed(seed)
