@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from .errors import StateError
+from .guidance import check_known_guidance
 from .network import Network
 from .phases import Phases
 from .run import GatedNetwork, Run
@@ -43,6 +44,9 @@ class Gated:
         schedule: which phase each step is in.
         networks: its denoisers, each with what runs its phases.
 
+    Raises:
+        UnsupportedError: the pipeline guides in a way that cannot be gated so.
+
     Attributes:
         schedule, networks: these.
         parameters: of the pipeline's call.
@@ -55,6 +59,7 @@ class Gated:
         self.schedule = schedule
         self.networks = tuple(networks)
         self.parameters = inspect.signature(type(pipe).__call__).parameters
+        check_known_guidance(pipe, self.parameters, schedule.after_gate)
         self.steps: Steps | None = None
         self.runs: list[Run] = []
         self.disabled = 0

@@ -18,9 +18,19 @@ _UNKNOWN = object()  # before the first call
 
 # Keywords of a pipeline's __call__ that give away guidance which no `GuidanceForm` knows.
 _OTHER_GUIDANCE = {
+    "use_cross_attn_mask": "LEDITS++, which reads the attention maps of every step",
+    "sag_scale": "self-attention guidance, which calls the denoiser twice a step",
+    "view_batch_size": "views of a panorama, whose guidance branches are interleaved in one batch",
+    "parallel": "parallel sampling, with several timesteps in one batch",
+    "motion_field_strength_x": "attention across frames, which counts on the rows of both guidance branches",
+    "max_iter_to_alter": "Attend-and-Excite, which changes the latents by the attention maps of every step",
+    "cross_attention_guidance_amount": "guidance by the attention maps of every step",
+}
+
+# And those which have more branches in one batch: it can be kept whole.
+_MORE_BRANCHES = {
     "image_guidance_scale": "classifier-free guidance in three chunks (text, image, neither)",
     "pag_scale": "perturbed-attention guidance, which adds a branch of its own to the batch",
-    "sag_scale": "self-attention guidance, which calls the denoiser twice a step",
     "sld_guidance_scale": "safety guidance, which adds a third branch to the batch",
     "editing_prompt": "semantic guidance, which adds a branch for each edit to the batch",
 }
@@ -125,11 +135,18 @@ def guidance_is_on(pipe: Any, guidance_scale: Any) -> bool:
     return bool(active)
 
 
-def check_known_guidance(pipe: Any, parameters: Mapping[str, Any]) -> None:
-    """Raise `UnsupportedError` if the pipeline's ``__call__`` takes guidance of a kind that cannot be gated."""
+def check_known_guidance(pipe: Any, parameters: Mapping[str, Any], after_gate: str) -> None:
+    """Raise `UnsupportedError` if the pipeline's ``__call__`` takes guidance of a kind that cannot be gated so."""
+    name = type(pipe).__name__
     for keyword, reason in _OTHER_GUIDANCE.items():
         if keyword in parameters:
             raise UnsupportedError(
-                f"{type(pipe).__name__} uses {reason}: expected classifier-free guidance as one batch of an "
-                "unconditional and a conditional branch. Use this pipeline ungated."
+                f"{name} uses {reason}: expected classifier-free guidance, in one batch or in a call for each branch. "
+                "Use this pipeline ungated."
+            )
+    for keyword, reason in _MORE_BRANCHES.items():
+        if keyword in parameters and after_gate != "both":
+            raise UnsupportedError(
+                f"{name} uses {reason}, and after_gate={after_gate!r} keeps one: expected an unconditional and a "
+                "conditional branch for that. Give after_gate='both', which keeps the whole batch and all guidance."
             )

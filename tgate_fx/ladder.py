@@ -64,7 +64,8 @@ def _rungs(gated: Gated) -> tuple[Rung, ...]:
     def seconds(name: str, roles: Roles, rows: int) -> float:
         return _seconds(runs[name].network, roles, given[name, rows], devices[name])
 
-    roles = [runs[step.network].schedule.at(step.index).roles for step in steps]
+    by_phase = {(name, each.name): each.roles for name, run in runs.items() for each in run.examples.values()}
+    roles = [by_phase[step.network, step.phase] for step in steps]
     wholes = {name: max((step for step in steps if step.network == name), key=lambda step: step.batch) for name in runs}
 
     def total(kinds: int, *, sliced: bool = True) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +12,6 @@ from .deepcache import DeepCache, find_deep_branch
 from .dispatch import Dispatch
 from .errors import StateError, UnsupportedError
 from .families import FAMILIES, Family, family_of
-from .guidance import check_known_guidance
 from .roles import Kind, Roles
 from .schedule import Schedule
 from .sites import Site
@@ -118,7 +116,6 @@ def networks_of(pipe: Any, deepcache: DeepCache | None = None) -> list[Network]:
         raise UnsupportedError(
             f"{name} has no denoiser: expected a diffusers pipeline with a unet or a transformer to gate."
         )
-    check_known_guidance(pipe, inspect.signature(type(pipe).__call__).parameters)
     return networks
 
 

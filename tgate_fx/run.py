@@ -61,11 +61,7 @@ class Run:
         self._steps = steps
         family = self.network.family
         self._guidance = family.guidance(self.network.module, family.rows, steps.schedule.after_gate)
-        # By the slot, which is the call of its step that captured it, and the kind of site.
-        self._cached: list[list[Sequence[torch.Tensor]]] = [[()] * len(Kind) for _ in _SLOTS]
-        self._cached_for: list[list[tuple[int, ...]]] = [[()] * len(Kind) for _ in _SLOTS]  # the shape of the latents
-        self._slot = 0  # from the gate on, where one branch goes on
-        self._first = 0  # the step of the network's first call
+        self._loop = 0
         self._answer: Any = None
         self.schedule = steps.schedule
         self.examples: dict[Roles, Example] = {}
@@ -82,7 +78,7 @@ class Run:
         call = self._guidance.place(inputs)
         if call == 0:
             self._steps.begin()
-        if self.device is None:
+        if self._loop != self._steps.loop:
             self._begin(latents)
         if call >= self._guidance.calls and self.schedule.caches:
             self._steps.refuse_call()
@@ -100,7 +96,7 @@ class Run:
             rows = self._guidance.rows_kept(rows)
         if one_branch and index == self.schedule.gate_step and not guided and self._cached[_OWN][Kind.CROSS_ATTENTION]:
             self._slot = _OWN
-        slot = self._slot if one_branch else call
+        slot = self._slot if one_branch else min(call, _OWN)
         cache = self._cache_for(step, slot, (rows, *latents.shape[1:]))
         if step.roles not in self.examples:
             self.examples[step.roles] = example(step, cache, inputs)
@@ -113,7 +109,7 @@ class Run:
         if self.branch_sliced:
             output = self._guidance.give_back(output)
         name = self.network.attribute
-        self._steps.clock.stop(started, index, name, step.phase, rows, self.phases.graphs - graphs)
+        self._steps.clock.stop(started, self._steps.begun - 1, name, step.phase, rows, self.phases.graphs - graphs)
         return output
 
     def end(self) -> None:
@@ -122,10 +118,15 @@ class Run:
         self._answer = None
 
     def _begin(self, latents: torch.Tensor) -> None:
-        """Begin with the network's first call: if that comes after the gate, its gate is the step after it."""
+        """Begin a loop with the network's first call: if that comes after the gate, its gate is the step after it."""
         self.device = latents.device
+        self._loop = self._steps.loop
         self._first = self._steps.index
         self.schedule = self._steps.schedule.begun_at(self._first)
+        # By the slot, which is the call of its step that captured it, and the kind of site.
+        self._cached: list[list[Sequence[torch.Tensor]]] = [[()] * len(Kind) for _ in _SLOTS]
+        self._cached_for: list[list[tuple[int, ...]]] = [[()] * len(Kind) for _ in _SLOTS]  # the shape of the latents
+        self._slot = 0  # from the gate on, where one branch goes on
 
     def _cache_for(self, step: Step, slot: int, shape: tuple[int, ...]) -> Cache:
         """Return what is cached of the kinds that this step reuses, for latents of this shape."""

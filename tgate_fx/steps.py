@@ -22,7 +22,8 @@ class Steps:
 
     Attributes:
         schedule: the same, with a share of the steps made a step index once their number is known.
-        begun: how many steps were begun.
+        begun: how many steps were begun, in all loops.
+        loop: how many denoising loops were begun: each is gated anew.
         clock: what each step was, and how long it took.
         calls_back: see above.
     """
@@ -30,16 +31,20 @@ class Steps:
     def __init__(self, pipe: Any, schedule: Schedule, guidance_scale: Any, *, calls_back: bool) -> None:
         self._pipe = pipe
         self._guidance_scale = guidance_scale
+        self._given = schedule
         self._expected: int | None = None
+        self._timesteps: Any = None
+        self._loop_from = 0
         self.schedule = schedule
         self.begun = 0
+        self.loop = 0
         self.clock = StepClock()
         self.calls_back = calls_back
 
     @property
     def index(self) -> int:
-        """The index of the step that was begun last."""
-        return self.begun - 1
+        """The index of the step that was begun last, in its loop."""
+        return self.begun - self._loop_from - 1
 
     @property
     def guided(self) -> bool:
@@ -53,21 +58,35 @@ class Steps:
         return gate is not None and not self.schedule.off and (self._expected is None or gate < self._expected)
 
     def begin(self) -> None:
-        """Begin a step; settle at the first where the gate is.
+        """Begin a step; settle at the first of a loop where the gate is.
+
+        Once all steps of a loop have run, another begins if the scheduler's timesteps were set anew.
 
         Raises:
             UnsupportedError: there are more steps than the pipeline said.
         """
         if self.begun == 0:
-            self._expected = step_count(self._pipe)
-            self.schedule = self.schedule.resolve(self._expected)
-        elif self.schedule.caches and self._expected is not None and self.begun >= self._expected:
-            self.refuse_call()
+            self._begin_loop()
+        elif self._expected is not None and self.begun - self._loop_from >= self._expected:
+            if self._scheduled() is not self._timesteps:
+                self._begin_loop()
+            elif self.schedule.caches:
+                self.refuse_call()
         self.begun += 1
+
+    def _begin_loop(self) -> None:
+        self._timesteps = self._scheduled()
+        self._expected = step_count(self._pipe)
+        self._loop_from = self.begun
+        self.schedule = self._given.resolve(self._expected)
+        self.loop += 1
+
+    def _scheduled(self) -> Any:
+        return getattr(getattr(self._pipe, "scheduler", None), "timesteps", None)
 
     def refuse_call(self) -> None:
         """Raise `UnsupportedError` for a call of the denoiser that is of no step."""
         raise UnsupportedError(
-            f"{type(self._pipe).__name__} calls its denoiser several times a step: expected one call with the batch "
-            "[uncond, cond]. Use it with gate_step=None."
+            f"{type(self._pipe).__name__} calls its denoiser more often than it has steps: expected one call a step, "
+            "or one for each branch of guidance. Use it with gate_step=None."
         )
