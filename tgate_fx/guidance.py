@@ -148,5 +148,6 @@ def check_known_guidance(pipe: Any, parameters: Mapping[str, Any], after_gate: s
         if keyword in parameters and after_gate != "both":
             raise UnsupportedError(
                 f"{name} uses {reason}, and after_gate={after_gate!r} keeps one: expected an unconditional and a "
-                "conditional branch for that. Give after_gate='both', which keeps the whole batch and all guidance."
+                "conditional branch for that. Give after_gate='both', which keeps the whole batch and all guidance, "
+                "or use this pipeline ungated."
             )

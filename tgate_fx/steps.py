@@ -87,6 +87,6 @@ class Steps:
     def refuse_call(self) -> None:
         """Raise `UnsupportedError` for a call of the denoiser that is of no step."""
         raise UnsupportedError(
-            f"{type(self._pipe).__name__} calls its denoiser more often than it has steps: expected one call a step, "
-            "or one for each branch of guidance. Use it with gate_step=None."
+            f"{type(self._pipe).__name__} calls its denoiser several times a step: expected one call with the batch "
+            "[uncond, cond], or one for each branch, and as many steps as it said. Use it with gate_step=None."
         )
