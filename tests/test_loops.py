@@ -1,0 +1,70 @@
+"""Pipelines with several denoising loops in one call: each loop is gated anew, or refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+import tgate_fx
+from tests import tiny
+from tests.conftest import CountingBackend
+
+CALL = {**tiny.inputs("sd"), "num_inference_steps": 4, "output_type": "latent"}
+
+
+def larger(latents: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.interpolate(latents, scale_factor=2.0)
+
+
+class HighResolutionFix(StableDiffusionPipeline):
+    """Generates a small image, then another one of twice the size from it, as a subclass of diffusers' pipeline does."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        sizes = {"height": 16, "width": 16}
+        small = super().__call__(*args, **sizes, **kwargs).images
+        sizes = {name: 2 * size for name, size in sizes.items()}
+        return super().__call__(*args, **sizes, **{**kwargs, "latents": larger(small), "num_inference_steps": 5})
+
+
+class RepeatedLoop(StableDiffusionPipeline):
+    """Runs over the same timesteps twice, without setting them anew."""
+
+    @torch.no_grad()
+    def __call__(self, guidance_scale: float = 1.0) -> torch.Tensor:
+        self._guidance_scale = guidance_scale
+        latents, text = torch.ones(1, 4, 8, 8), torch.ones(1, 7, tiny.TEXT_WIDTH)
+        self.scheduler.set_timesteps(4)
+        for _ in range(2):
+            for t in self.scheduler.timesteps:
+                noise = self.unet(latents, t, encoder_hidden_states=text).sample
+                latents = latents - 0.1 * noise
+        return latents
+
+
+@pytest.mark.parametrize("gate", [2, 0.5])
+def test_each_loop_is_gated_anew(gate: float, backend: CountingBackend) -> None:
+    one = tgate_fx.gate(tiny.make("sd-small"), gate_step=gate)
+    small = tiny.latents(one, **CALL, height=16, width=16)
+    call = {**CALL, "num_inference_steps": 5}
+    expected = tiny.latents(one, **call, height=32, width=32, latents=larger(small))
+    for put in (tgate_fx.gate, lambda *args: tgate_fx.compile(*args, backend=backend)):
+        pipe = put(HighResolutionFix(**tiny.make("sd-small").components, requires_safety_checker=False), gate)
+        pipe.set_progress_bar_config(disable=True)
+        for _ in range(2):
+            assert torch.equal(tiny.latents(pipe, **CALL), expected)
+        phases = [step.phase for step in tgate_fx.report(pipe).steps]
+        assert phases == ["pre-gate"] * 2 + ["post-gate"] * 2 + ["pre-gate"] * 2 + ["post-gate"] * 3
+        assert [step.index for step in tgate_fx.report(pipe).steps] == list(range(9))
+    assert len(backend.graphs) == 4  # two phases of two sizes
+
+
+def test_a_loop_whose_begin_cannot_be_told_is_refused() -> None:
+    pipe = RepeatedLoop(**tiny.make("sd-small").components, requires_safety_checker=False)
+    expected = pipe()
+    tgate_fx.gate(pipe, gate_step=2)
+    with pytest.raises(tgate_fx.UnsupportedError, match="several times a step"):
+        pipe()
+    assert torch.equal(pipe(gate_step=None), expected)
