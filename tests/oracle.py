@@ -93,7 +93,10 @@ def query_and_context(
 
 
 def find_sites(denoiser: nn.Module, generate: Call, latents: str, text: tuple[str, ...]) -> list[str]:
-    """The names of the modules whose keys and values depend on the text alone, and whose query on the latents."""
+    """The names of the modules whose keys and values depend on the text alone, and whose query on the latents.
+
+    They come in module order, which need not be the order in which they run.
+    """
     recorded = first_call(denoiser, generate)
     arguments = bound(denoiser, recorded)
     arguments.pop("self", None)
@@ -106,7 +109,8 @@ def find_sites(denoiser: nn.Module, generate: Call, latents: str, text: tuple[st
         runs.append(_calls(denoiser, varied))
     plain, other_latents, other_text = runs
     found = []
-    for name, (query, context) in plain.items():
+    for name in (name for name, _ in denoiser.named_modules() if name in plain):
+        query, context = plain[name]
         if not context or not isinstance(query, torch.Tensor) or name not in other_latents or name not in other_text:
             continue
         fixed = all(map(torch.equal, context, other_latents[name][1]))
