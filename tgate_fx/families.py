@@ -32,6 +32,7 @@ class Family:
 
 _TEXT = ("encoder_hidden_states", "encoder_attention_mask")
 _UNET = ("sample", "timestep_cond", "attention_mask", *_TEXT)
+_RESIDUALS = ("down_block_additional_residuals", "mid_block_additional_residual")
 
 # Denoiser classes whose gated pipelines are tested against an oracle. Some of their inputs come in added_cond_kwargs.
 FAMILIES = {
@@ -39,6 +40,10 @@ FAMILIES = {
     "PixArtTransformer2DModel": Family(
         Rows(frozenset(("hidden_states", "attention_mask", *_TEXT, "resolution", "aspect_ratio"))),
         sizes_are_numbers=True,
+    ),
+    # The text has a row for each frame.
+    "UNetMotionModel": Family(
+        Rows(frozenset((*_UNET, *_RESIDUALS, "text_embeds", "time_ids", "image_embeds"))), after_gate="positive"
     ),
     "UNetSpatioTemporalConditionModel": Family(
         Rows(
