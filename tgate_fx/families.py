@@ -36,7 +36,24 @@ _RESIDUALS = ("down_block_additional_residuals", "mid_block_additional_residual"
 
 # Denoiser classes whose gated pipelines are tested against an oracle. Some of their inputs come in added_cond_kwargs.
 FAMILIES = {
-    "UNet2DConditionModel": Family(Rows(frozenset((*_UNET, "text_embeds", "time_ids")))),
+    # image_embeds is a list with one item for each IP-Adapter, class_labels the level or the embedding of an image.
+    "UNet2DConditionModel": Family(
+        Rows(
+            frozenset(
+                (
+                    *_UNET,
+                    *_RESIDUALS,
+                    "down_intrablock_additional_residuals",
+                    "class_labels",
+                    "text_embeds",
+                    "time_ids",
+                    "image_embeds",
+                )
+            )
+        )
+    ),
+    # The text also makes the embedding of the time, so that every step reads it.
+    "Kandinsky3UNet": Family(Rows(frozenset(("sample", *_TEXT))), text=(), after_gate="positive"),
     "PixArtTransformer2DModel": Family(
         Rows(frozenset(("hidden_states", "attention_mask", *_TEXT, "resolution", "aspect_ratio"))),
         sizes_are_numbers=True,

@@ -1,0 +1,97 @@
+"""Stable Diffusion with T2I-Adapters, and with IP-Adapters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import T2IAdapter
+from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
+from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
+
+from tests import tiny
+
+from . import Entry, noise, seeded
+from .controlnet import SDXL, UNET, WIDTH, image, inputs, pipeline, pooled, sd
+
+IMAGE_WIDTH = 12
+IMAGE_TOKENS = 4
+
+
+def adapter(kind: str) -> Any:
+    return seeded(
+        lambda: T2IAdapter(channels=[16], num_res_blocks=1, downscale_factor=2, adapter_type=kind), seed=1
+    )
+
+
+def with_adapter() -> Any:
+    return sd("StableDiffusionAdapterPipeline", adapter=adapter("full_adapter"))
+
+
+def xl_with_adapter() -> Any:
+    return pipeline(
+        "StableDiffusionXLAdapterPipeline",
+        unet=seeded(lambda: tiny.unet(**tiny.ONE_BLOCK, **SDXL)),
+        adapter=adapter("full_adapter_xl"),
+        text_encoder_2=None,
+        tokenizer_2=None,
+    )
+
+
+def unet_with_ip_adapters(adapters: int = 2, **changes: Any) -> Any:
+    """A UNet whose cross-attentions read images too, as after ``load_ip_adapter``."""
+
+    def make() -> Any:
+        unet = tiny.unet(**tiny.ONE_BLOCK, **changes)
+        processors = {
+            name: IPAdapterAttnProcessor2_0(16, WIDTH, num_tokens=(IMAGE_TOKENS,) * adapters)
+            if name.endswith("attn2.processor")
+            else processor
+            for name, processor in unet.attn_processors.items()
+        }
+        unet.set_attn_processor(processors)
+        projections = [ImageProjection(IMAGE_WIDTH, WIDTH, IMAGE_TOKENS) for _ in range(adapters)]
+        unet.encoder_hid_proj = MultiIPAdapterImageProjection(projections)
+        unet.config.encoder_hid_dim_type = "ip_image_proj"
+        return unet
+
+    return seeded(make)
+
+
+def image_embeds(adapters: int = 2) -> list[torch.Tensor]:
+    """One embedding for each adapter and guidance branch, the unconditional one first."""
+    return [noise(2, 1, IMAGE_WIDTH, seed=10 + index) for index in range(adapters)]
+
+
+def xl_with_ip_adapters() -> Any:
+    return pipeline(
+        "StableDiffusionXLPipeline",
+        unet=unet_with_ip_adapters(**SDXL),
+        text_encoder_2=None,
+        tokenizer_2=None,
+        add_watermarker=False,
+    )
+
+
+ENTRIES = [
+    Entry("StableDiffusionAdapterPipeline", with_adapter, lambda: inputs(image=image()), **UNET),
+    Entry("StableDiffusionXLAdapterPipeline", xl_with_adapter, lambda: inputs(image=image(), **pooled()), **UNET),
+    Entry(
+        "StableDiffusionXLAdapterPipeline to the gate",
+        xl_with_adapter,
+        lambda: inputs(image=image(), adapter_conditioning_factor=0.5, **pooled()),
+        **UNET,
+    ),
+    Entry(
+        "StableDiffusionPipeline IP-Adapters",
+        lambda: sd("StableDiffusionPipeline", unet=unet_with_ip_adapters()),
+        lambda: inputs(ip_adapter_image_embeds=image_embeds(), height=16, width=16),
+        **{**UNET, "text": ("encoder_hidden_states", "added_cond_kwargs")},
+    ),
+    Entry(
+        "StableDiffusionXLPipeline IP-Adapters",
+        xl_with_ip_adapters,
+        lambda: inputs(ip_adapter_image_embeds=image_embeds(), height=16, width=16, **pooled()),
+        **UNET,
+    ),
+]
