@@ -85,10 +85,10 @@ def bound(module: nn.Module, recorded: Recorded) -> dict[str, Any]:
 def query_and_context(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, list[torch.Tensor]]:
-    """What an attention asks with, and what it attends to; the latter empty if it is not given apart."""
+    """What an attention asks with, and the tokens that it attends to; these are empty if they are not given apart."""
     query = args[0] if args else next((kwargs[name] for name in ("hidden_states", "x") if name in kwargs), None)
     given = [kwargs[name] for name in _CONTEXTS if kwargs.get(name) is not None] or list(args[1:2])
-    context = tensors_in(given)
+    context = [tensor for tensor in tensors_in(given) if tensor.ndim > 2]  # an embedding of the time has no tokens
     return query, [] if any(tensor is query for tensor in context) else context
 
 
