@@ -42,8 +42,9 @@ class SiteList(tuple[SiteInfo, ...]):
         return "\n".join(lines)
 
 
-# diffusers' models keep the attention that reads the prompt under these names.
-_CROSS_NAME = re.compile(r"(?:^|\.)(?:attn2|audio_attn2|cross_attn|cross_attention)$")
+# diffusers' models keep the attention that reads the prompt under these names; in each block of Kandinsky 3 the first
+# of several attentions is a self-attention, which the others are not.
+_CROSS_NAME = re.compile(r"(?:^|\.)(?:attn2|audio_attn2|cross_attn|cross_attention|attentions\.[1-9]\d*\.attention)$")
 # Attention over frames, faces or resampled tokens is built from the same classes, within modules of these names.
 _NOT_ON_TEXT = re.compile(r"(?:^|\.)(?:motion_modules|temp_attentions|transformer_in|perceiver|face_adapter)(?:\.|$)")
 
