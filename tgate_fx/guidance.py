@@ -36,6 +36,10 @@ _MORE_BRANCHES = {
 }
 
 
+# Pipelines that take such a keyword but guide in that way only when given an image, which their first step shows.
+_ONLY_WITH_IMAGE = ("DreamLitePipeline", "DreamLiteMobilePipeline")
+
+
 class GuidanceForm(abc.ABC):
     """How the branches of guidance reach a network: seen from one generation, call by call.
 
@@ -138,6 +142,8 @@ def guidance_is_on(pipe: Any, guidance_scale: Any) -> bool:
 def check_known_guidance(pipe: Any, parameters: Mapping[str, Any], after_gate: str) -> None:
     """Raise `UnsupportedError` if the pipeline's ``__call__`` takes guidance of a kind that cannot be gated so."""
     name = type(pipe).__name__
+    if name in _ONLY_WITH_IMAGE:
+        return
     for keyword, reason in _OTHER_GUIDANCE.items():
         if keyword in parameters:
             raise UnsupportedError(
