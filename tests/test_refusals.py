@@ -7,12 +7,14 @@ import re
 from typing import Any
 
 import diffusers
+import PIL.Image
 import pytest
 import torch
 from torch import nn
 
 import tgate_fx
 from tests import tiny
+from tests.zoo import dreamlite
 
 KWARGS = {**tiny.inputs("sd"), "num_inference_steps": 5}
 
@@ -320,3 +322,14 @@ def test_latents_under_another_name(pipe: Any) -> None:
         tgate_fx.StateError, match=says("was given x", "expected its latents as sample or hidden_states")
     ):
         pipe(**KWARGS)
+
+
+def test_three_chunks_for_an_image() -> None:
+    """DreamLite guides in one batch by text alone, and in three chunks when it has an image, too."""
+    pipe = dreamlite.pipeline("DreamLitePipeline")
+    pipe.processor = dreamlite.Letters()
+    tgate_fx.gate(pipe, gate_step=2)
+    with pytest.raises(tgate_fx.UnsupportedError, match=says("3 rows", "not the same latents twice", "three chunks")):
+        pipe(**dreamlite.inputs(image=PIL.Image.new("RGB", (16, 16))))
+    pipe(**dreamlite.inputs())
+    assert tgate_fx.report(pipe).gate == 2

@@ -78,6 +78,10 @@ def text_encoder(cls: type[Any] = CLIPTextModel, width: int = TEXT_WIDTH) -> Any
     return cls(config).eval()
 
 
+def image_processor(size: int) -> Any:
+    return _IMAGE_PROCESSOR(crop_size=size, size={"shortest_edge": size})
+
+
 def vae() -> AutoencoderKL:
     return AutoencoderKL(
         block_out_channels=(8, 16),
@@ -210,7 +214,7 @@ def svd(seed: int = 0) -> Any:
                 timestep_type="continuous",
                 use_karras_sigmas=True,
             ),
-            feature_extractor=_IMAGE_PROCESSOR(crop_size=32, size={"shortest_edge": 32}),
+            feature_extractor=image_processor(32),
         )
     )
 

@@ -34,6 +34,8 @@ _TEXT = ("encoder_hidden_states", "encoder_attention_mask")
 _UNET = ("sample", "timestep_cond", "attention_mask", *_TEXT)
 _RESIDUALS = ("down_block_additional_residuals", "mid_block_additional_residual")
 
+_MASKS = frozenset(("ip_adapter_masks",))  # one for each IP-Adapter
+
 # Denoiser classes whose gated pipelines are tested against an oracle. Some of their inputs come in added_cond_kwargs.
 FAMILIES = {
     # image_embeds is a list with one item for each IP-Adapter, class_labels the level or the embedding of an image.
@@ -49,18 +51,34 @@ FAMILIES = {
                     "time_ids",
                     "image_embeds",
                 )
-            )
+            ),
+            shared=_MASKS,
         )
     ),
     # The text also makes the embedding of the time, so that every step reads it.
     "Kandinsky3UNet": Family(Rows(frozenset(("sample", *_TEXT))), text=(), after_gate="positive"),
+    "DreamLiteUNetModel": Family(Rows(frozenset((*_UNET, "time_ids"))), after_gate="positive"),
+    # It is conditioned on two texts.
+    "AudioLDM2UNet2DConditionModel": Family(
+        Rows(frozenset((*_UNET, "encoder_hidden_states_1", "encoder_attention_mask_1", "class_labels"))),
+        text=(*_TEXT, "encoder_hidden_states_1", "encoder_attention_mask_1"),
+        after_gate="positive",
+    ),
     "PixArtTransformer2DModel": Family(
         Rows(frozenset(("hidden_states", "attention_mask", *_TEXT, "resolution", "aspect_ratio"))),
         sizes_are_numbers=True,
     ),
     # The text has a row for each frame.
     "UNetMotionModel": Family(
-        Rows(frozenset((*_UNET, *_RESIDUALS, "text_embeds", "time_ids", "image_embeds"))), after_gate="positive"
+        Rows(frozenset((*_UNET, *_RESIDUALS, "text_embeds", "time_ids", "image_embeds")), shared=_MASKS),
+        after_gate="positive",
+    ),
+    "UNet3DConditionModel": Family(Rows(frozenset((*_UNET, *_RESIDUALS, "class_labels"))), after_gate="positive"),
+    "I2VGenXLUNet": Family(
+        Rows(
+            frozenset(("sample", "timestep_cond", "encoder_hidden_states", "fps", "image_latents", "image_embeddings"))
+        ),
+        after_gate="positive",
     ),
     "UNetSpatioTemporalConditionModel": Family(
         Rows(

@@ -19,9 +19,7 @@ IMAGE_TOKENS = 4
 
 
 def adapter(kind: str) -> Any:
-    return seeded(
-        lambda: T2IAdapter(channels=[16], num_res_blocks=1, downscale_factor=2, adapter_type=kind), seed=1
-    )
+    return seeded(lambda: T2IAdapter(channels=[16], num_res_blocks=1, downscale_factor=2, adapter_type=kind), seed=1)
 
 
 def with_adapter() -> Any:
@@ -38,24 +36,24 @@ def xl_with_adapter() -> Any:
     )
 
 
-def unet_with_ip_adapters(adapters: int = 2, **changes: Any) -> Any:
-    """A UNet whose cross-attentions read images too, as after ``load_ip_adapter``."""
+def with_ip_adapters(unet: Any, adapters: int = 2) -> Any:
+    """The same UNet, whose cross-attentions read images too, as after ``load_ip_adapter``."""
+    processors = {
+        name: processor
+        if "attn1" in name or "motion_modules" in name
+        else IPAdapterAttnProcessor2_0(16, WIDTH, num_tokens=(IMAGE_TOKENS,) * adapters)
+        for name, processor in unet.attn_processors.items()
+    }
+    unet.set_attn_processor(processors)
+    projections = [ImageProjection(IMAGE_WIDTH, WIDTH, IMAGE_TOKENS) for _ in range(adapters)]
+    unet.encoder_hid_proj = MultiIPAdapterImageProjection(projections)
+    unet.config.encoder_hid_dim_type = "ip_image_proj"
+    return unet
 
-    def make() -> Any:
-        unet = tiny.unet(**tiny.ONE_BLOCK, **changes)
-        processors = {
-            name: IPAdapterAttnProcessor2_0(16, WIDTH, num_tokens=(IMAGE_TOKENS,) * adapters)
-            if name.endswith("attn2.processor")
-            else processor
-            for name, processor in unet.attn_processors.items()
-        }
-        unet.set_attn_processor(processors)
-        projections = [ImageProjection(IMAGE_WIDTH, WIDTH, IMAGE_TOKENS) for _ in range(adapters)]
-        unet.encoder_hid_proj = MultiIPAdapterImageProjection(projections)
-        unet.config.encoder_hid_dim_type = "ip_image_proj"
-        return unet
 
-    return seeded(make)
+def sd_with_ip_adapters() -> Any:
+    unet = seeded(lambda: with_ip_adapters(tiny.unet(**tiny.ONE_BLOCK)))
+    return sd("StableDiffusionPipeline", unet=unet)
 
 
 def image_embeds(adapters: int = 2) -> list[torch.Tensor]:
@@ -66,7 +64,7 @@ def image_embeds(adapters: int = 2) -> list[torch.Tensor]:
 def xl_with_ip_adapters() -> Any:
     return pipeline(
         "StableDiffusionXLPipeline",
-        unet=unet_with_ip_adapters(**SDXL),
+        unet=seeded(lambda: with_ip_adapters(tiny.unet(**tiny.ONE_BLOCK, **SDXL))),
         text_encoder_2=None,
         tokenizer_2=None,
         add_watermarker=False,
@@ -84,9 +82,20 @@ ENTRIES = [
     ),
     Entry(
         "StableDiffusionPipeline IP-Adapters",
-        lambda: sd("StableDiffusionPipeline", unet=unet_with_ip_adapters()),
+        sd_with_ip_adapters,
         lambda: inputs(ip_adapter_image_embeds=image_embeds(), height=16, width=16),
         **{**UNET, "text": ("encoder_hidden_states", "added_cond_kwargs")},
+    ),
+    Entry(
+        "StableDiffusionPipeline IP-Adapters masked",
+        sd_with_ip_adapters,
+        lambda: inputs(
+            ip_adapter_image_embeds=image_embeds(),
+            cross_attention_kwargs={"ip_adapter_masks": [image(20)[:, :1], image(21)[:, :1]]},
+            height=16,
+            width=16,
+        ),
+        **UNET,
     ),
     Entry(
         "StableDiffusionXLPipeline IP-Adapters",

@@ -5,19 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import diffusers
-from diffusers import MotionAdapter, UNetMotionModel
+import torch
+from diffusers import MotionAdapter, SparseControlNetModel, UNetMotionModel
 
 from tests import tiny
 
 from . import STEPS, Entry, generator, noise, quiet, seeded
+from .adapters import image_embeds, with_ip_adapters
+from .controlnet import SDXL, controlnet
 
 WIDTH = tiny.TEXT_WIDTH
-SDXL = {
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 8,
-    "projection_class_embeddings_input_dim": WIDTH + 6 * 8,
-}
 
 
 def adapter(**changes: Any) -> Any:
@@ -54,6 +51,21 @@ def xl() -> Any:
     return pipeline("AnimateDiffSDXLPipeline", unet=unet(**SDXL), text_encoder_2=None, tokenizer_2=None)
 
 
+def sparse_controlnet() -> Any:
+    return seeded(
+        lambda: SparseControlNetModel(
+            block_out_channels=(16,),
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlockMotion",),
+            cross_attention_dim=WIDTH,
+            norm_num_groups=8,
+            motion_num_attention_heads=2,
+            conditioning_embedding_out_channels=(8, 16),
+        ),
+        seed=1,
+    )
+
+
 def inputs(**changes: Any) -> dict[str, Any]:
     return {
         "prompt_embeds": noise(1, 12, WIDTH, seed=1),
@@ -86,10 +98,25 @@ def image_to_video() -> dict[str, Any]:
     return text_to_video(image=noise(1, 3, 16, 16, seed=5, scale=0.3))
 
 
+def controlled() -> dict[str, Any]:
+    return text_to_video(conditioning_frames=list(noise(2, 3, 16, 16, seed=5).sigmoid()))
+
+
+def sparsely_controlled() -> dict[str, Any]:
+    torch.manual_seed(0)  # the pipeline encodes the frames without its generator
+    return text_to_video(conditioning_frames=noise(1, 3, 16, 16, seed=5).sigmoid(), controlnet_frame_indices=[0])
+
+
 UNET: dict[str, Any] = {"latents": "sample", "denoisers": ("unet",)}
 
 ENTRIES = [
     Entry("AnimateDiffPipeline", pipeline, text_to_video, **UNET),
+    Entry(
+        "AnimateDiffPipeline IP-Adapters",
+        lambda: pipeline(unet=seeded(lambda: with_ip_adapters(unet()))),
+        lambda: text_to_video(ip_adapter_image_embeds=image_embeds()),
+        **UNET,
+    ),
     Entry("AnimateDiffSDXLPipeline", xl, for_xl, **UNET),
     Entry(
         "AnimateDiffVideoToVideoPipeline",
@@ -98,4 +125,22 @@ ENTRIES = [
         **UNET,
     ),
     Entry("PIAPipeline", lambda: pipeline("PIAPipeline", unet=unet(9)), image_to_video, **UNET),
+    Entry(
+        "AnimateDiffControlNetPipeline",
+        lambda: pipeline("AnimateDiffControlNetPipeline", controlnet=controlnet()),
+        controlled,
+        **UNET,
+    ),
+    Entry(
+        "AnimateDiffVideoToVideoControlNetPipeline",
+        lambda: pipeline("AnimateDiffVideoToVideoControlNetPipeline", controlnet=controlnet()),
+        lambda: {**video_to_video(), "conditioning_frames": list(noise(2, 3, 16, 16, seed=6).sigmoid())},
+        **UNET,
+    ),
+    Entry(
+        "AnimateDiffSparseControlNetPipeline",
+        lambda: pipeline("AnimateDiffSparseControlNetPipeline", controlnet=sparse_controlnet()),
+        sparsely_controlled,
+        **UNET,
+    ),
 ]
