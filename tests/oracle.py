@@ -117,8 +117,9 @@ def find_sites(denoiser: nn.Module, generate: Call, latents: str, text: tuple[st
         reads_text = not all(map(torch.equal, context, other_text[name][1]))
         if fixed and reads_text and not torch.equal(query, other_latents[name][0]):
             found.append(name)
-    # The attention itself, not what holds it.
-    return [name for name in found if not any(other.startswith(f"{name}.") for other in found)]
+    # In the order of the modules, which may be called in another (VACE); the attention itself, not what holds it.
+    order = [name for name, _ in denoiser.named_modules() if name in found]
+    return [name for name in order if not any(other.startswith(f"{name}.") for other in found)]
 
 
 def _calls(denoiser: nn.Module, arguments: dict[str, Any]) -> dict[str, tuple[Any, list[torch.Tensor]]]:
