@@ -33,7 +33,7 @@ TOKENS = 77
 TEXT_WIDTH = 32
 
 # transformers 5 has two, of which this one needs no torchvision; transformers 4 has one, which needs none.
-_IMAGE_PROCESSOR = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
+IMAGE_PROCESSOR = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
 
 # For a UNet of one block on each way and one between them, the only one with attention: it compiles fastest.
 ONE_BLOCK = {
@@ -79,7 +79,7 @@ def text_encoder(cls: type[Any] = CLIPTextModel, width: int = TEXT_WIDTH) -> Any
 
 
 def image_processor(size: int) -> Any:
-    return _IMAGE_PROCESSOR(crop_size=size, size={"shortest_edge": size})
+    return IMAGE_PROCESSOR(crop_size=size, size={"shortest_edge": size})
 
 
 def vae() -> AutoencoderKL:

@@ -36,6 +36,18 @@ _RESIDUALS = ("down_block_additional_residuals", "mid_block_additional_residual"
 
 _MASKS = frozenset(("ip_adapter_masks",))  # one for each IP-Adapter
 
+
+def _wan(*batched: str, shared: tuple[str, ...] = ()) -> Family:
+    """Wan and the models made from it."""
+    text = ("encoder_hidden_states", "encoder_hidden_states_image")
+    return Family(
+        Rows(frozenset(("hidden_states", *text, *batched)), frozenset(shared)),
+        text=text,
+        guidance=SeparateCalls,
+        after_gate="positive",
+    )
+
+
 # Denoiser classes whose gated pipelines are tested against an oracle. Some of their inputs come in added_cond_kwargs.
 FAMILIES = {
     # image_embeds is a list with one item for each IP-Adapter, class_labels the level or the embedding of an image.
@@ -89,12 +101,9 @@ FAMILIES = {
         # without guidance: it is the image itself, the positive branch.
         after_gate="positive",
     ),
-    "WanTransformer3DModel": Family(
-        Rows(frozenset(("hidden_states", "encoder_hidden_states", "encoder_hidden_states_image"))),
-        text=("encoder_hidden_states", "encoder_hidden_states_image"),
-        guidance=SeparateCalls,
-        after_gate="positive",
-    ),
+    "WanTransformer3DModel": _wan(),
+    "WanVACETransformer3DModel": _wan("control_hidden_states", shared=("control_hidden_states_scale",)),
+    "WanAnimateTransformer3DModel": _wan("pose_hidden_states", "face_pixel_values"),
 }
 
 

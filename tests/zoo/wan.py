@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import (
+    AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 
 from . import STEPS, Entry, generator, noise, quiet, seeded
 
@@ -30,6 +36,11 @@ def vae() -> Any:
             base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
         )
     )
+
+
+def unipc() -> Any:
+    """Wan 2.2's scheduler, whose first timestep is below 1000, so that a boundary ratio of 1 is never reached."""
+    return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
 
 
 def text_to_video(**changes: Any) -> Any:
@@ -61,5 +72,22 @@ ENTRIES = [
         form="calls",
         denoisers=("transformer", "transformer_2"),
         graphs=4,
+    ),
+    Entry(
+        "WanPipeline 2.2 14B low noise only",
+        lambda: text_to_video(transformer=None, transformer_2=transformer(), boundary_ratio=1.0, scheduler=unipc()),
+        inputs,
+        form="calls",
+        denoisers=("transformer_2",),
+    ),
+    Entry(
+        "WanPipeline 2.2 14B high noise only",
+        lambda: text_to_video(transformer_2=None, boundary_ratio=0.0, scheduler=unipc()),
+        inputs,
+        form="calls",
+    ),
+    Entry("WanPipeline 2.2 5B", lambda: text_to_video(expand_timesteps=True), inputs, form="calls"),
+    Entry(
+        "WanPipeline unguided", text_to_video, lambda: inputs(guidance_scale=1.0, negative_prompt_embeds=None), "none"
     ),
 ]
