@@ -63,10 +63,14 @@ class GuidanceForm(abc.ABC):
         self._timestep: object = _UNKNOWN
         self._call = 0
 
-    def place(self, inputs: Mapping[str, Any]) -> int:
+    def place(self, inputs: Mapping[str, Any], guided: bool) -> int:
         """Return which call of its step this is, from 0; ask once for each call.
 
         Calls of one step are given the very same tensor as their timestep.
+
+        Args:
+            inputs: the denoiser's inputs by name.
+            guided: whether the pipeline guides now.
         """
         timestep = inputs.get("timestep")
         repeated = timestep is self._timestep and isinstance(timestep, torch.Tensor)

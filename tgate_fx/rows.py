@@ -21,11 +21,13 @@ class Rows:
         shared: the names of the tensors that serve every row.
         channels_dim: the dimension of the latents that has the channels; those beyond the ones that the denoiser
             predicts are conditioning.
+        conditioned: the name of the input that is not zero where the latents are conditioning, if there is one.
     """
 
     batched: frozenset[str]
     shared: frozenset[str] = frozenset()
     channels_dim: int = 1
+    conditioned: str | None = None
 
     def own_latents(self, denoiser: Any, latents: torch.Tensor) -> torch.Tensor:
         """Return the latents without the channels of conditioning, which may differ between guidance branches."""

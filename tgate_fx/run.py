@@ -75,7 +75,7 @@ class Run:
         _, latents = latents_of(inputs)
         started = self._steps.clock.start(latents.device)
         guided = self._steps.guided
-        call = self._guidance.place(inputs)
+        call = self._guidance.place(inputs, guided)
         if call == 0:
             self._steps.begin()
         if self._loop != self._steps.loop:

@@ -23,11 +23,13 @@ class SeparateCalls(GuidanceForm):
     calls = 2
     branches = ("positive",)
     _latents: torch.Tensor | None = None
+    _conditioned: torch.Tensor | None = None  # by the first call's inputs
 
     def check(self, inputs: Mapping[str, Any], latents: torch.Tensor) -> None:
         """See that both calls have the same latents; see `GuidanceForm.check`."""
         if self._call == 0:
             self._latents = latents
+            self._conditioned = inputs.get(self._rows.conditioned or "")
             return
         first, self._latents = self._latents, None
         if first is None or not self._same(first, latents):
@@ -38,6 +40,8 @@ class SeparateCalls(GuidanceForm):
 
     def _same(self, first: torch.Tensor, second: torch.Tensor) -> bool:
         own = [self._rows.own_latents(self._denoiser, latents) for latents in (first, second)]
+        if self._conditioned is not None:
+            own = [torch.where(self._conditioned == 0, latents, 0) for latents in own]
         return torch.equal(*own)
 
     def rows_kept(self, rows: int) -> int:
@@ -72,3 +76,15 @@ class SeparateCalls(GuidanceForm):
     def give_back(self, output: Any) -> Any:
         """Return the same output."""
         return output
+
+
+class PairedCalls(SeparateCalls):
+    """Separate calls each of which may have a timestep tensor of its own: every guided step has two calls."""
+
+    _second_is_next = False
+
+    def place(self, inputs: Mapping[str, Any], guided: bool) -> int:
+        """Return which call of its step this is; see `GuidanceForm.place`."""
+        self._call = int(self._second_is_next)
+        self._second_is_next = guided and self._call == 0
+        return self._call
