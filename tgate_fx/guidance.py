@@ -134,11 +134,12 @@ class GuidanceForm(abc.ABC):
 def guidance_is_on(pipe: Any, guidance_scale: Any) -> bool:
     """Return whether the pipeline guides at this step.
 
-    Most pipelines have a property that says so, which may change while they run; the others decide once, by
-    ``guidance_scale > 1`` (Imagen's convention, arXiv:2205.11487).
+    Most pipelines have a property that says so, which may change while they run; some have one of the scale itself; the
+    others decide once. The scale guides if it is > 1 (Imagen's convention, arXiv:2205.11487).
     """
     active = getattr(pipe, "do_classifier_free_guidance", None)
     if active is None:
+        guidance_scale = getattr(pipe, "guidance_scale", guidance_scale)
         active = guidance_scale is not None and guidance_scale > 1
     return bool(active)
 
