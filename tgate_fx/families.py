@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from .guidance import GuidanceForm
 from .one_batch import OneBatch
 from .rows import Rows
-from .separate_calls import SeparateCalls
+from .separate_calls import PairedCalls, SeparateCalls
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,68 @@ FAMILIES = {
     "WanTransformer3DModel": _wan(),
     "WanVACETransformer3DModel": _wan("control_hidden_states", shared=("control_hidden_states_scale",)),
     "WanAnimateTransformer3DModel": _wan("pose_hidden_states", "face_pixel_values"),
+    "SkyReelsV2Transformer3DModel": _wan(),
+    "ChronoEditTransformer3DModel": _wan(),
+    "HeliosTransformer3DModel": Family(
+        Rows(
+            frozenset(
+                (
+                    "hidden_states",
+                    "encoder_hidden_states",
+                    "latents_history_short",
+                    "latents_history_mid",
+                    "latents_history_long",
+                )
+            ),
+            frozenset(
+                (
+                    "indices_hidden_states",
+                    "indices_latents_history_short",
+                    "indices_latents_history_mid",
+                    "indices_latents_history_long",
+                )
+            ),
+        ),
+        text=("encoder_hidden_states",),
+        guidance=SeparateCalls,
+        after_gate="positive",
+    ),
+    "CosmosTransformer3DModel": Family(
+        Rows(
+            frozenset(
+                (
+                    "hidden_states",
+                    "encoder_hidden_states",
+                    "attention_mask",
+                    "block_controlnet_hidden_states",
+                    "condition_mask",
+                )
+            ),
+            frozenset(("padding_mask",)),
+            conditioned="condition_mask",  # where Cosmos 1 has other noise in each call
+        ),
+        text=("encoder_hidden_states", "attention_mask"),
+        guidance=PairedCalls,
+        after_gate="positive",
+    ),
+    "Kandinsky5Transformer3DModel": Family(
+        Rows(
+            frozenset(("hidden_states", "encoder_hidden_states", "pooled_projections")),
+            frozenset(("visual_rope_pos", "text_rope_pos", "sta_mask")),
+            channels_dim=4,  # [batch, frames, height, width, channels]
+        ),
+        text=("encoder_hidden_states", "text_rope_pos"),
+        guidance=PairedCalls,  # in another dtype than the scheduler's, each call's timestep is cast anew
+        after_gate="positive",
+    ),
+    "LongCatAudioDiTTransformer": Family(
+        Rows(
+            frozenset(("hidden_states", *_TEXT, "attention_mask", "latent_cond")),
+            channels_dim=2,  # [batch, length, channels]
+        ),
+        guidance=SeparateCalls,
+        after_gate="positive",
+    ),
 }
 
 

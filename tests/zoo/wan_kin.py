@@ -1,0 +1,86 @@
+"""Models made from Wan: ChronoEdit, Lucy Edit, Helios."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from diffusers import (
+    ChronoEditPipeline,
+    ChronoEditTransformer3DModel,
+    FlowMatchEulerDiscreteScheduler,
+    HeliosPipeline,
+    HeliosScheduler,
+    HeliosTransformer3DModel,
+    LucyEditPipeline,
+)
+
+from . import Entry, quiet, seeded
+from .wan import inputs, transformer, vae
+from .wan_image_to_video import image_encoder, image_processor, picture, with_long_text
+
+_CONFIG: dict[str, Any] = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "out_channels": 16,
+    "text_dim": 32,
+    "freq_dim": 32,
+    "ffn_dim": 32,
+    "num_layers": 2,
+}
+
+
+def pipeline(cls: type[Any], **parts: Any) -> Any:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
+    return quiet(cls(**{"tokenizer": None, "text_encoder": None, "vae": vae(), "scheduler": scheduler, **parts}))
+
+
+def chronoedit() -> Any:
+    return pipeline(
+        ChronoEditPipeline,
+        transformer=seeded(
+            lambda: ChronoEditTransformer3DModel(
+                in_channels=36, image_dim=8, added_kv_proj_dim=24, rope_max_seq_len=32, **_CONFIG
+            )
+        ),
+        image_encoder=image_encoder(),
+        image_processor=image_processor(),
+    )
+
+
+def helios() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # it gives numpy tensors
+        scheduler = HeliosScheduler(stages=1, stage_range=[0, 1], gamma=1 / 3)
+    return pipeline(
+        HeliosPipeline,
+        transformer=seeded(lambda: HeliosTransformer3DModel(in_channels=16, rope_dim=(4, 4, 4), **_CONFIG)),
+        scheduler=scheduler,
+    )
+
+
+def lucy_inputs() -> dict[str, Any]:
+    return inputs(video=[picture(seed=seed) for seed in range(5)])
+
+
+ENTRIES = [
+    Entry(
+        "ChronoEditPipeline",
+        chronoedit,
+        lambda: with_long_text(),
+        form="calls",
+        text=("encoder_hidden_states", "encoder_hidden_states_image"),
+    ),
+    Entry(
+        "LucyEditPipeline",
+        lambda: pipeline(LucyEditPipeline, transformer=transformer(in_channels=32)),
+        lucy_inputs,
+        form="calls",
+    ),
+    Entry(
+        "HeliosPipeline",
+        helios,
+        lambda: inputs(num_frames=9, num_latent_frames_per_chunk=3, history_sizes=[4, 2, 1]),
+        form="calls",
+    ),
+]
