@@ -92,7 +92,7 @@ def query_and_context(
     return query, [] if any(tensor is query for tensor in context) else context
 
 
-def find_sites(denoiser: nn.Module, generate: Call, latents: str, text: tuple[str, ...]) -> list[str]:
+def find_sites(denoiser: nn.Module, generate: Call, latents: str | tuple[str, ...], text: tuple[str, ...]) -> list[str]:
     """The names of the modules whose keys and values depend on the text alone, and whose query on the latents.
 
     They come in module order, which need not be the order in which they run.
@@ -102,7 +102,7 @@ def find_sites(denoiser: nn.Module, generate: Call, latents: str, text: tuple[st
     arguments.pop("self", None)
     own = arguments.pop("kwargs", {})
     runs = []
-    for names in ((), (latents,), text):
+    for names in ((), (latents,) if isinstance(latents, str) else latents, text):
         varied = {
             name: changed(value) if name in names else copied(value) for name, value in {**arguments, **own}.items()
         }

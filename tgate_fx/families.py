@@ -158,6 +158,15 @@ FAMILIES = {
         guidance=PairedCalls,  # in another dtype than the scheduler's, each call's timestep is cast anew
         after_gate="positive",
     ),
+    "Kandinsky6Transformer3DModel": Family(
+        Rows(
+            frozenset(("hidden_states", "audio_hidden_states", *_TEXT, "pooled_projections", "visual_token_type_ids")),
+            frozenset(("visual_rope_pos",)),
+            channels_dim=4,  # [batch, frames, height, width, channels]
+        ),
+        guidance=SeparateCalls,
+        after_gate="positive",
+    ),
     "LongCatAudioDiTTransformer": Family(
         Rows(
             frozenset(("hidden_states", *_TEXT, "attention_mask", "latent_cond")),

@@ -25,7 +25,7 @@ class Entry:
         inputs: what it is called with, new at every call; with guidance, if it has any, and `STEPS` steps.
         form: how guidance reaches the denoiser: "batch" ([uncond, cond]), "reversed", "calls" or "none".
         text: the names of the denoiser's inputs that carry the text.
-        latents: the name of the denoiser's input that has the latents.
+        latents: the name of the denoiser's input that has the latents, or the names if there are several.
         output: the field of the pipeline's output to compare.
         denoisers: the attributes that have the denoisers.
         only_cross: whether text reaches the denoiser by cross-attention only.
@@ -38,7 +38,7 @@ class Entry:
     inputs: Callable[[], dict[str, Any]]
     form: str = "batch"
     text: tuple[str, ...] = ("encoder_hidden_states",)
-    latents: str = "hidden_states"
+    latents: str | tuple[str, ...] = "hidden_states"
     output: str = "frames"
     denoisers: tuple[str, ...] = ("transformer",)
     only_cross: bool = True

@@ -10,6 +10,7 @@ from diffusers import (
     ChronoEditTransformer3DModel,
     FlowMatchEulerDiscreteScheduler,
     HeliosPipeline,
+    HeliosPyramidPipeline,
     HeliosScheduler,
     HeliosTransformer3DModel,
     LucyEditPipeline,
@@ -48,12 +49,12 @@ def chronoedit() -> Any:
     )
 
 
-def helios() -> Any:
+def helios(cls: type[Any] = HeliosPipeline) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # it gives numpy tensors
         scheduler = HeliosScheduler(stages=1, stage_range=[0, 1], gamma=1 / 3)
     return pipeline(
-        HeliosPipeline,
+        cls,
         transformer=seeded(lambda: HeliosTransformer3DModel(in_channels=16, rope_dim=(4, 4, 4), **_CONFIG)),
         scheduler=scheduler,
     )
@@ -61,6 +62,12 @@ def helios() -> Any:
 
 def lucy_inputs() -> dict[str, Any]:
     return inputs(video=[picture(seed=seed) for seed in range(5)])
+
+
+def pyramid_inputs() -> dict[str, Any]:
+    given = inputs(num_frames=9, num_latent_frames_per_chunk=3, history_sizes=[4, 2, 1])
+    given["pyramid_num_inference_steps_list"] = [given.pop("num_inference_steps")]
+    return given
 
 
 ENTRIES = [
@@ -81,6 +88,13 @@ ENTRIES = [
         "HeliosPipeline",
         helios,
         lambda: inputs(num_frames=9, num_latent_frames_per_chunk=3, history_sizes=[4, 2, 1]),
+        form="calls",
+    ),
+    # Further stages, which have latents of other sizes, are refused.
+    Entry(
+        "HeliosPyramidPipeline of one stage",
+        lambda: helios(HeliosPyramidPipeline),
+        pyramid_inputs,
         form="calls",
     ),
 ]
