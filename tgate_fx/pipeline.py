@@ -153,7 +153,16 @@ def _schedule(
 ) -> Schedule:
     deep_interval = None if deepcache is None else deepcache.interval
     after_gate = networks[0].family.after_gate if after_gate is None else after_gate
-    return Schedule(gate_step, sp_interval, fi_interval, warm_up, deep_interval, after_gate)
+    schedule = Schedule(gate_step, sp_interval, fi_interval, warm_up, deep_interval, after_gate)
+    for network in networks:
+        possible = (*network.family.guidance.branches, "both")
+        if after_gate not in possible:
+            raise UnsupportedError(
+                f"after_gate={after_gate!r} was given for a {type(network.module).__name__}, whose guidance branches "
+                f"come in separate calls, the conditional one first: expected {' or '.join(map(repr, possible))}. Give "
+                "one of these, or leave after_gate out."
+            )
+    return schedule
 
 
 def report(pipe: Any, *, ladder: bool = False) -> Report:

@@ -65,6 +65,9 @@ def image_vae() -> Any:
 def pipeline(cls: type[Any], vae: Any, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     parts = {"tokenizer": None, "text_encoder": None, "tokenizer_2": None, "text_encoder_2": None}
     model = transformer(**changes).to(dtype)
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in model._keep_in_fp32_modules:
+            module.float()
     pipe = cls(transformer=model, vae=vae.to(dtype), scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0), **parts)
     if hasattr(pipe, "resolutions"):
         pipe.resolutions = [(_SIZE, _SIZE)]  # of images, which are made of no other size
