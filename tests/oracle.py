@@ -153,7 +153,15 @@ class Network:
     first_output: Any = None
 
 
-def gated(networks: list[Network], generate: Call, gate: int, form: str, calls: int = 1, keep: str = "positive") -> Any:
+def gated(
+    networks: list[Network],
+    generate: Call,
+    gate: int,
+    form: str,
+    calls: int = 1,
+    keep: str = "positive",
+    loop: int | None = None,
+) -> Any:
     """Generate with the gate.
 
     Args:
@@ -163,6 +171,7 @@ def gated(networks: list[Network], generate: Call, gate: int, form: str, calls: 
         form: how guidance reaches them: "batch", "reversed", "calls" or "none".
         calls: how many calls a step has.
         keep: the branch that goes on, of a batch.
+        loop: how many steps each of the pipeline's loops has, if it has several; each is gated by itself.
     """
     position = {"calls": -1}
     half = (
@@ -179,6 +188,8 @@ def gated(networks: list[Network], generate: Call, gate: int, form: str, calls: 
 
         def begin(module: nn.Module, args: Any, kwargs: Any, network: Network = network) -> None:
             position["calls"] += 1
+            if loop is not None and position["calls"] == loop * calls:
+                position["calls"] = 0
             if network.gate is None:
                 network.gate = max(gate, position["calls"] // calls + 1)
 

@@ -46,7 +46,7 @@ def test_gated_eagerly(entry: zoo.Entry) -> None:
     assert all(sites)
     plain, plain_outputs = outputs_of(pipe, entry)
     networks = [oracle.Network(*pair) for pair in zip(denoisers, sites, strict=True)]
-    expected = oracle.gated(networks, lambda: entry.run(pipe), GATE, entry.form, calls)
+    expected = oracle.gated(networks, lambda: entry.run(pipe), GATE, entry.form, calls, loop=entry.loop)
 
     tgate_fx.gate(pipe, gate_step=GATE, after_gate="positive" if entry.form != "none" else None, **entry.settings)
     assert [site.name for site in tgate_fx.sites(pipe)] == [name for names in sites for name in names]
@@ -70,6 +70,8 @@ def with_other_text_after_the_gate(pipe: Any, entry: zoo.Entry, calls: int) -> t
 
     def replace(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         position["calls"] += 1
+        if entry.loop is not None:
+            position["calls"] %= entry.loop * calls
         step = position["calls"] // calls
         if step < max(GATE, begun.setdefault(id(module), step) + 1):
             return None

@@ -77,7 +77,7 @@ class Run:
         guided = self._steps.guided
         call = self._guidance.place(inputs, guided)
         if call == 0:
-            self._steps.begin()
+            self._steps.begin(inputs.get("timestep"))
         if self._loop != self._steps.loop:
             self._begin(latents)
         if call >= self._guidance.calls and self.schedule.caches:

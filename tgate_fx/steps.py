@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from .errors import UnsupportedError
 from .guidance import guidance_is_on
 from .report import StepClock
@@ -34,6 +36,7 @@ class Steps:
         self._given = schedule
         self._expected: int | None = None
         self._timesteps: Any = None
+        self._first_timestep: Any = None
         self._loop_from = 0
         self.schedule = schedule
         self.begun = 0
@@ -57,24 +60,26 @@ class Steps:
         gate = self.schedule.gate_step
         return gate is not None and not self.schedule.off and (self._expected is None or gate < self._expected)
 
-    def begin(self) -> None:
+    def begin(self, timestep: Any) -> None:
         """Begin a step; settle at the first of a loop where the gate is.
 
-        Once all steps of a loop have run, another begins if the scheduler's timesteps were set anew.
+        Once all steps of a loop have run, another begins if the scheduler's timesteps were set anew, or with the
+        timestep of the loop's first step.
 
         Raises:
             UnsupportedError: there are more steps than the pipeline said.
         """
         if self.begun == 0:
-            self._begin_loop()
+            self._begin_loop(timestep)
         elif self._expected is not None and self.begun - self._loop_from >= self._expected:
-            if self._scheduled() is not self._timesteps:
-                self._begin_loop()
+            if self._scheduled() is not self._timesteps or _latest(timestep) == _latest(self._first_timestep):
+                self._begin_loop(timestep)
             elif self.schedule.caches:
                 self.refuse_call()
         self.begun += 1
 
-    def _begin_loop(self) -> None:
+    def _begin_loop(self, timestep: Any) -> None:
+        self._first_timestep = timestep
         self._timesteps = self._scheduled()
         self._expected = step_count(self._pipe)
         self._loop_from = self.begun
@@ -90,3 +95,8 @@ class Steps:
             f"{type(self._pipe).__name__} calls its denoiser several times a step: expected one call with the batch "
             "[uncond, cond], or one for each branch, and as many steps as it said. Use it with gate_step=None."
         )
+
+
+def _latest(timestep: Any) -> float:
+    """Return the timestep of what is noisiest: conditioning within the latents may have timesteps of its own."""
+    return float("nan") if timestep is None else float(torch.as_tensor(timestep).max())

@@ -29,6 +29,7 @@ class Entry:
         output: the field of the pipeline's output to compare.
         denoisers: the attributes that have the denoisers.
         only_cross: whether text reaches the denoiser by cross-attention only.
+        loop: how many steps each of the pipeline's loops has, if it has several.
         graphs: how many graphs two generations take.
         settings: what `tgate_fx.gate` has to be given besides.
     """
@@ -42,6 +43,7 @@ class Entry:
     output: str = "frames"
     denoisers: tuple[str, ...] = ("transformer",)
     only_cross: bool = True
+    loop: int | None = None
     graphs: int = 2
     settings: Mapping[str, Any] = field(default_factory=dict)
 

@@ -207,6 +207,13 @@ ENTRIES = [
         form="calls",
     ),
     Entry(
+        "Cosmos2_5_TransferPipeline in two chunks",
+        transfer,
+        lambda: inputs(controls=[picture(32, seed) for seed in range(9)], num_frames=9, num_frames_per_chunk=5),
+        form="calls",
+        loop=STEPS,
+    ),
+    Entry(
         "Cosmos2VideoToWorldPipeline unguided",
         lambda: second(Cosmos2VideoToWorldPipeline, in_channels=17),
         lambda: inputs(image=picture(32), guidance_scale=1.0),

@@ -12,7 +12,7 @@ from diffusers import (
     SkyReelsV2Transformer3DModel,
 )
 
-from . import Entry, quiet, seeded
+from . import STEPS, Entry, quiet, seeded
 from .wan import inputs, unipc, vae
 from .wan_image_to_video import image_encoder, image_processor, picture, with_long_text
 
@@ -65,6 +65,13 @@ ENTRIES = [
         lambda: pipeline(SkyReelsV2DiffusionForcingPipeline, transformer()),
         lambda: inputs(prompt=None, ar_step=1, causal_block_size=1),
         form="calls",
+    ),
+    Entry(
+        "SkyReelsV2DiffusionForcingPipeline in two windows",
+        lambda: pipeline(SkyReelsV2DiffusionForcingPipeline, transformer()),
+        lambda: inputs(prompt=None, num_frames=13, base_num_frames=9, overlap_history=5),
+        form="calls",
+        loop=STEPS,
     ),
     Entry(
         "SkyReelsV2DiffusionForcingImageToVideoPipeline",

@@ -16,7 +16,7 @@ from diffusers import (
     LucyEditPipeline,
 )
 
-from . import Entry, quiet, seeded
+from . import STEPS, Entry, quiet, seeded
 from .wan import inputs, transformer, vae
 from .wan_image_to_video import image_encoder, image_processor, picture, with_long_text
 
@@ -89,6 +89,13 @@ ENTRIES = [
         helios,
         lambda: inputs(num_frames=9, num_latent_frames_per_chunk=3, history_sizes=[4, 2, 1]),
         form="calls",
+    ),
+    Entry(
+        "HeliosPipeline in two chunks",
+        helios,
+        lambda: inputs(num_frames=18, num_latent_frames_per_chunk=3, history_sizes=[4, 2, 1]),
+        form="calls",
+        loop=STEPS,
     ),
     # Further stages, which have latents of other sizes, are refused.
     Entry(

@@ -14,7 +14,7 @@ from diffusers import (
 )
 from PIL import Image
 
-from . import Entry, noise, quiet, seeded
+from . import STEPS, Entry, noise, quiet, seeded
 from .wan import inputs, transformer, unipc, vae
 from .wan_image_to_video import image_encoder, image_processor, picture
 
@@ -122,6 +122,14 @@ ENTRIES = [
         form="calls",
     ),
     Entry("WanAnimatePipeline", animate_pipeline, animate_inputs, form="calls", text=_BOTH),
+    Entry(
+        "WanAnimatePipeline in two segments",
+        animate_pipeline,
+        lambda: {**animate_inputs(), "pose_video": video(9), "face_video": video(9)},
+        form="calls",
+        text=_BOTH,
+        loop=STEPS,
+    ),
     Entry(
         "WanAnimatePipeline unguided",
         animate_pipeline,
