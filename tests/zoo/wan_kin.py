@@ -17,7 +17,7 @@ from diffusers import (
 )
 
 from . import STEPS, Entry, quiet, seeded
-from .wan import inputs, transformer, vae
+from .wan import inputs, transformer, unipc, vae
 from .wan_image_to_video import image_encoder, image_processor, picture, with_long_text
 
 _CONFIG: dict[str, Any] = {
@@ -36,7 +36,7 @@ def pipeline(cls: type[Any], **parts: Any) -> Any:
     return quiet(cls(**{"tokenizer": None, "text_encoder": None, "vae": vae(), "scheduler": scheduler, **parts}))
 
 
-def chronoedit() -> Any:
+def chronoedit(**parts: Any) -> Any:
     return pipeline(
         ChronoEditPipeline,
         transformer=seeded(
@@ -46,6 +46,7 @@ def chronoedit() -> Any:
         ),
         image_encoder=image_encoder(),
         image_processor=image_processor(),
+        **parts,
     )
 
 
@@ -77,6 +78,15 @@ ENTRIES = [
         lambda: with_long_text(),
         form="calls",
         text=("encoder_hidden_states", "encoder_hidden_states_image"),
+    ),
+    Entry(
+        "ChronoEditPipeline with temporal reasoning before the gate",
+        lambda: chronoedit(scheduler=unipc()),
+        # After the first step only the first and the last frame go on.
+        lambda: with_long_text(num_frames=13, enable_temporal_reasoning=True, num_temporal_reasoning_steps=1),
+        form="calls",
+        text=("encoder_hidden_states", "encoder_hidden_states_image"),
+        graphs=3,  # before the gate one for each number of frames
     ),
     Entry(
         "LucyEditPipeline",
