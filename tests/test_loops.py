@@ -12,7 +12,8 @@ import tgate_fx
 from tests import tiny
 from tests.conftest import CountingBackend
 
-CALL = {**tiny.inputs("sd"), "num_inference_steps": 4, "output_type": "latent"}
+CALL = {name: value for name, value in tiny.inputs("sd").items() if name not in ("height", "width")}
+CALL["num_inference_steps"] = 4
 
 
 def larger(latents: torch.Tensor) -> torch.Tensor:
@@ -20,7 +21,7 @@ def larger(latents: torch.Tensor) -> torch.Tensor:
 
 
 class HighResolutionFix(StableDiffusionPipeline):
-    """Generates a small image, then another one of twice the size from it, as a subclass of diffusers' pipeline does."""
+    """Generates a small image, then another one of twice the size from it."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         sizes = {"height": 16, "width": 16}
@@ -30,17 +31,15 @@ class HighResolutionFix(StableDiffusionPipeline):
 
 
 class RepeatedLoop(StableDiffusionPipeline):
-    """Runs over the same timesteps twice, without setting them anew."""
+    """Runs over the same timesteps twice, without setting them anew; the second time from ``begin`` on."""
 
     @torch.no_grad()
-    def __call__(self, guidance_scale: float = 1.0) -> torch.Tensor:
-        self._guidance_scale = guidance_scale
+    def __call__(self, begin: int = 0) -> torch.Tensor:
         latents, text = torch.ones(1, 4, 8, 8), torch.ones(1, 7, tiny.TEXT_WIDTH)
         self.scheduler.set_timesteps(4)
-        for _ in range(2):
-            for t in self.scheduler.timesteps:
-                noise = self.unet(latents, t, encoder_hidden_states=text).sample
-                latents = latents - 0.1 * noise
+        for timesteps in (self.scheduler.timesteps, self.scheduler.timesteps[begin:]):
+            for t in timesteps:
+                latents = latents - 0.1 * self.unet(latents, t, encoder_hidden_states=text).sample
         return latents
 
 
@@ -61,10 +60,17 @@ def test_each_loop_is_gated_anew(gate: float, backend: CountingBackend) -> None:
     assert len(backend.graphs) == 4  # two phases of two sizes
 
 
+def test_a_loop_over_the_same_timesteps_begins_with_the_first_of_them() -> None:
+    pipe = tgate_fx.gate(RepeatedLoop(**tiny.make("sd-small").components, requires_safety_checker=False), gate_step=2)
+    pipe()
+    phases = [step.phase for step in tgate_fx.report(pipe).steps]
+    assert phases == (["pre-gate"] * 2 + ["post-gate"] * 2) * 2
+
+
 def test_a_loop_whose_begin_cannot_be_told_is_refused() -> None:
     pipe = RepeatedLoop(**tiny.make("sd-small").components, requires_safety_checker=False)
-    expected = pipe()
+    expected = pipe(begin=1)
     tgate_fx.gate(pipe, gate_step=2)
     with pytest.raises(tgate_fx.UnsupportedError, match="several times a step"):
-        pipe()
-    assert torch.equal(pipe(gate_step=None), expected)
+        pipe(begin=1)
+    assert torch.equal(pipe(begin=1, gate_step=None), expected)
