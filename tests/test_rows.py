@@ -234,7 +234,7 @@ def test_freeu_works_on_a_deep_branch_s_tensor_once(family: str, branch: int) ->
     given = {**seen[0], "sample": latents, "timestep": torch.tensor(500)}
     full = pipe.unet(**given)[0]
     tgate_fx.gate(pipe, None, deepcache=tgate_fx.DeepCache(2, branch))
-    dispatch = Gated.of(pipe).network.dispatch  # type: ignore[union-attr]
+    dispatch = Gated.of(pipe).networks[0].network.dispatch  # type: ignore[union-attr]
     capture, reuse = (
         phase_function(dispatch.sites, dispatch.original_forward, Roles(deep_branch=role), branch)
         for role in (Role.CAPTURE, Role.REUSE)
