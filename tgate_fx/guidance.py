@@ -36,6 +36,20 @@ _MORE_BRANCHES = {
 }
 
 
+# Pipelines that never guide: if they have a scale, it is embedded.
+_NEVER_GUIDE = frozenset(
+    (
+        "DreamLiteMobilePipeline",
+        "SanaSprintImg2ImgPipeline",
+        "SanaSprintPipeline",
+        "StableAudio3AudioToAudioPipeline",
+        "StableAudio3InpaintPipeline",
+    )
+)
+
+# Pipelines without a property that says whether they guide, which do so at every scale but 1.
+_GUIDE_BELOW_ONE = frozenset(("LDMTextToImagePipeline",))
+
 # Pipelines that take such a keyword but guide in that way only when given an image, which their first step shows.
 _ONLY_WITH_IMAGE = ("DreamLitePipeline", "DreamLiteMobilePipeline")
 
@@ -135,8 +149,14 @@ def guidance_is_on(pipe: Any, guidance_scale: Any) -> bool:
     """Return whether the pipeline guides at this step.
 
     Most pipelines have a property that says so, which may change while they run; some have one of the scale itself; the
-    others decide once. The scale guides if it is > 1 (Imagen's convention, arXiv:2205.11487).
+    others decide once. The scale guides if it is > 1 (Imagen's convention, arXiv:2205.11487), but for the
+    pipelines named above.
     """
+    names = {base.__name__ for base in type(pipe).__mro__}
+    if names & _NEVER_GUIDE:
+        return False
+    if names & _GUIDE_BELOW_ONE:
+        return bool(guidance_scale is not None and guidance_scale != 1)
     active = getattr(pipe, "do_classifier_free_guidance", None)
     if active is None:
         guidance_scale = getattr(pipe, "guidance_scale", guidance_scale)
