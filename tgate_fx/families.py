@@ -80,6 +80,14 @@ FAMILIES = {
         Rows(frozenset(("hidden_states", "attention_mask", *_TEXT, "resolution", "aspect_ratio"))),
         sizes_are_numbers=True,
     ),
+    # guidance is a scale that is embedded (Sprint).
+    "SanaTransformer2DModel": Family(
+        Rows(frozenset(("hidden_states", *_TEXT, "attention_mask", "guidance", "controlnet_block_samples"))),
+        after_gate="positive",
+    ),
+    "SanaVideoTransformer3DModel": Family(
+        Rows(frozenset(("hidden_states", *_TEXT, "attention_mask", "guidance"))), after_gate="positive"
+    ),
     # The text has a row for each frame.
     "UNetMotionModel": Family(
         Rows(frozenset((*_UNET, *_RESIDUALS, "text_embeds", "time_ids", "image_embeds")), shared=_MASKS),
