@@ -109,6 +109,31 @@ FAMILIES = {
         # without guidance: it is the image itself, the positive branch.
         after_gate="positive",
     ),
+    # The timestep may have a column for each token.
+    "LTXVideoTransformer3DModel": Family(
+        Rows(frozenset(("hidden_states", *_TEXT, "video_coords")), channels_dim=2),  # [batch, tokens, channels]
+        after_gate="positive",
+    ),
+    # Pooled, one of its two texts also joins the embedding of the time; the list of residuals is emptied.
+    "HunyuanDiT2DModel": Family(
+        Rows(
+            frozenset(
+                (
+                    "hidden_states",
+                    "encoder_hidden_states",
+                    "text_embedding_mask",
+                    "encoder_hidden_states_t5",
+                    "text_embedding_mask_t5",
+                    "image_meta_size",
+                    "style",
+                    "controlnet_block_samples",
+                )
+            ),
+            frozenset(("image_rotary_emb",)),
+        ),
+        text=("encoder_hidden_states", "text_embedding_mask", "text_embedding_mask_t5"),
+        after_gate="positive",
+    ),
     "WanTransformer3DModel": _wan(),
     "WanVACETransformer3DModel": _wan("control_hidden_states", shared=("control_hidden_states_scale",)),
     "WanAnimateTransformer3DModel": _wan("pose_hidden_states", "face_pixel_values"),
