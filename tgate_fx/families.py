@@ -114,6 +114,31 @@ FAMILIES = {
         Rows(frozenset(("hidden_states", *_TEXT, "video_coords")), channels_dim=2),  # [batch, tokens, channels]
         after_gate="positive",
     ),
+    # Two outputs. From LTX 2.3 on the text is scaled by sigma in every block. Masks of perturbations belong to calls of
+    # spatio-temporal guidance, which are no branches.
+    "LTX2VideoTransformer3DModel": Family(
+        Rows(
+            frozenset(
+                (
+                    "hidden_states",
+                    "audio_hidden_states",
+                    *_TEXT,
+                    "audio_encoder_hidden_states",
+                    "audio_encoder_attention_mask",
+                    "audio_timestep",
+                    "sigma",
+                    "audio_sigma",
+                    "video_coords",
+                    "audio_coords",
+                    "video_self_attention_mask",
+                    "video_keyframes_mask",
+                )
+            ),
+            channels_dim=2,  # [batch, tokens, channels]
+        ),
+        text=(*_TEXT, "audio_encoder_hidden_states", "audio_encoder_attention_mask"),
+        after_gate="positive",
+    ),
     # Pooled, one of its two texts also joins the embedding of the time; the list of residuals is emptied.
     "HunyuanDiT2DModel": Family(
         Rows(
