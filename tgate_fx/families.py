@@ -159,6 +159,23 @@ FAMILIES = {
         text=("encoder_hidden_states", "text_embedding_mask", "text_embedding_mask_t5"),
         after_gate="positive",
     ),
+    # Its position embeddings are like PixArt's. The text is repeated for each frame within.
+    "LatteTransformer3DModel": Family(
+        Rows(frozenset(("hidden_states", *_TEXT))), after_gate="positive", sizes_are_numbers=True
+    ),
+    "AllegroTransformer3DModel": Family(
+        Rows(frozenset(("hidden_states", *_TEXT, "attention_mask")), frozenset(("image_rotary_emb",))),
+        after_gate="positive",
+    ),
+    # Both timesteps have a column for each frame.
+    "AnyFlowTransformer3DModel": Family(
+        Rows(
+            frozenset(("hidden_states", "encoder_hidden_states", "encoder_hidden_states_image", "r_timestep")),
+            channels_dim=2,  # [batch, frames, channels, height, width]
+        ),
+        text=("encoder_hidden_states", "encoder_hidden_states_image"),
+        after_gate="positive",
+    ),
     "WanTransformer3DModel": _wan(),
     "WanVACETransformer3DModel": _wan("control_hidden_states", shared=("control_hidden_states_scale",)),
     "WanAnimateTransformer3DModel": _wan("pose_hidden_states", "face_pixel_values"),
