@@ -106,6 +106,17 @@ def has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, name, True) for name in ("_forward_hooks", "_forward_pre_hooks"))
 
 
+def settle_cache_hooks(module: nn.Module) -> None:
+    """Put on a model what diffusers' pipelines put on it at the end of their first generation, where they reset caches.
+
+    A forward that reads the model's own dtype looks at that attribute, and graphs are guarded by it. Without the name
+    such graphs are compiled once more in the second generation.
+    """
+    reset = getattr(module, "_reset_stateful_cache", None)
+    if reset is not None:
+        reset()
+
+
 def has_global_hooks() -> bool:
     """Return whether forward hooks are registered for all modules, which compiled graphs do not run. Without the names:
     compiling is refused, and so is running what is compiled already.

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from .. import private
 from ..errors import UnsupportedError
 from ..inputs import canonical, latents_of, map_tensors, memory_format
 from ..network import Network
@@ -46,6 +47,7 @@ class WholePhases(CompiledPhases):
     def begin(self, pipe: Any, pipeline_class: type[Any], *, calls_back: bool) -> None:
         """Begin a generation; see `Phases`."""
         super().begin(pipe, pipeline_class, calls_back=calls_back)
+        private.settle_cache_hooks(self._network.module)
         self._checks_once = not calls_back and runs_only_known_code(pipe, pipeline_class, self._network.module)
         self._checked = {}
         self._weights.begin()
