@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .guidance import GuidanceForm
-from .one_batch import OneBatch
+from .one_batch import OneBatch, ReversedBatch
 from .rows import Rows
 from .separate_calls import PairedCalls, SeparateCalls
 
@@ -175,6 +175,24 @@ FAMILIES = {
         ),
         text=("encoder_hidden_states", "encoder_hidden_states_image"),
         after_gate="positive",
+    ),
+    # Pooled, the text also joins the embedding of the time, so that every step reads it.
+    "LuminaNextDiT2DModel": Family(
+        Rows(frozenset(("hidden_states", "encoder_hidden_states", "encoder_mask")), frozenset(("image_rotary_emb",))),
+        text=(),
+        guidance=ReversedBatch,
+        after_gate="positive",
+    ),
+    # The text has the duration with it, which also joins the embedding of the time.
+    "StableAudioDiTModel": Family(
+        Rows(
+            frozenset(("hidden_states", *_TEXT, "global_hidden_states", "attention_mask")),
+            frozenset(("rotary_embedding",)),
+        ),
+        after_gate="positive",
+    ),
+    "StableAudio3DiTModel": Family(
+        Rows(frozenset(("hidden_states", *_TEXT, "global_hidden_states", "local_add_cond"))), after_gate="positive"
     ),
     "WanTransformer3DModel": _wan(),
     "WanVACETransformer3DModel": _wan("control_hidden_states", shared=("control_hidden_states_scale",)),
