@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .cache import StaticCache
-from .errors import StateError
+from .errors import StateError, UnsupportedError
 from .inputs import latents_of
 from .network import Network
 from .phases import Example, Phases, example
@@ -85,6 +85,8 @@ class Run:
         index = self._steps.index
         if index == self._first and guided and self._steps.will_gate:
             self._guidance.check(inputs, latents)
+        if guided and self._steps.will_gate:
+            self._check_rows(latents.shape[0])
         step = self.schedule.at(index)
         one_branch = step.gated and self.schedule.one_branch
         self.branch_sliced = one_branch and guided
@@ -126,7 +128,18 @@ class Run:
         # By the slot, which is the call of its step that captured it, and the kind of site.
         self._cached: list[list[Sequence[torch.Tensor]]] = [[()] * len(Kind) for _ in _SLOTS]
         self._cached_for: list[list[tuple[int, ...]]] = [[()] * len(Kind) for _ in _SLOTS]  # the shape of the latents
+        self._guided_rows = 0
         self._slot = 0  # from the gate on, where one branch goes on
+
+    def _check_rows(self, rows: int) -> None:
+        """Raise `UnsupportedError` if a guided step has other rows than the first one: it is not guided after all."""
+        self._guided_rows = self._guided_rows or rows
+        if rows != self._guided_rows:
+            raise UnsupportedError(
+                f"Guidance is on, and the denoiser was given {rows} rows at step {self._steps.index}, but "
+                f"{self._guided_rows} before: expected both branches at every step. Let guidance span all steps, turn "
+                "it off, or use gate_step=None."
+            )
 
     def _cache_for(self, step: Step, slot: int, shape: tuple[int, ...]) -> Cache:
         """Return what is cached of the kinds that this step reuses, for latents of this shape."""
