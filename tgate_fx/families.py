@@ -194,6 +194,16 @@ FAMILIES = {
     "StableAudio3DiTModel": Family(
         Rows(frozenset(("hidden_states", *_TEXT, "global_hidden_states", "local_add_cond"))), after_gate="positive"
     ),
+    # Its adaptive projected guidance has momentum, with which it does not end at the gate, but fades.
+    "AceStepTransformer1DModel": Family(
+        Rows(
+            frozenset(("hidden_states", "encoder_hidden_states", "timestep_r", "context_latents")),
+            channels_dim=2,  # [batch, length, channels]
+        ),
+        text=("encoder_hidden_states",),
+        guidance=ReversedBatch,
+        after_gate="positive",
+    ),
     "WanTransformer3DModel": _wan(),
     "WanVACETransformer3DModel": _wan("control_hidden_states", shared=("control_hidden_states_scale",)),
     "WanAnimateTransformer3DModel": _wan("pose_hidden_states", "face_pixel_values"),
