@@ -14,7 +14,7 @@ from torch import nn
 
 import tgate_fx
 from tests import tiny
-from tests.zoo import dreamlite
+from tests.zoo import ace_step, dreamlite
 
 KWARGS = {**tiny.inputs("sd"), "num_inference_steps": 5}
 
@@ -332,4 +332,24 @@ def test_three_chunks_for_an_image() -> None:
     with pytest.raises(tgate_fx.UnsupportedError, match=says("3 rows", "not the same latents twice", "three chunks")):
         pipe(**dreamlite.inputs(image=PIL.Image.new("RGB", (16, 16))))
     pipe(**dreamlite.inputs())
+    assert tgate_fx.report(pipe).gate == 2
+
+
+@pytest.mark.parametrize("prompts", [1, 2])
+@pytest.mark.parametrize(
+    ("interval", "words"),
+    [
+        ((0.0, 0.5), "Leave guidance on or off for the whole generation"),  # ends after the gate
+        ((0.0, 0.2), "Let guidance span all steps"),  # ends before the gate
+        ((0.5, 1.0), "not the same latents twice"),
+    ],
+)
+def test_guidance_within_an_interval(interval: tuple[float, float], words: str, prompts: int) -> None:
+    """ACE-Step may guide at some steps only, which its inputs alone tell."""
+    pipe = ace_step.make()
+    settings = ace_step.inputs(prompt=["a"] * prompts, shift=1.0)
+    tgate_fx.gate(pipe, gate_step=2)
+    with pytest.raises(tgate_fx.TGateError, match=says(words)):
+        pipe(**settings, cfg_interval_start=interval[0], cfg_interval_end=interval[1])
+    pipe(**ace_step.inputs(prompt=["a"] * prompts))
     assert tgate_fx.report(pipe).gate == 2

@@ -85,9 +85,9 @@ class Run:
         index = self._steps.index
         if index == self._first and guided and self._steps.will_gate:
             self._guidance.check(inputs, latents)
-        if guided and self._steps.will_gate:
-            self._check_rows(latents.shape[0])
         step = self.schedule.at(index)
+        if guided and self._steps.will_gate and not step.gated:
+            self._check_rows(latents.shape[0])
         one_branch = step.gated and self.schedule.one_branch
         self.branch_sliced = one_branch and guided
         if one_branch and call:

@@ -22,10 +22,11 @@ HEADS: dict[str, Any] = {
 }
 
 
-def encode_prompt(prompt: str, **_: Any) -> tuple[torch.Tensor, ...]:
-    """Embeds any prompt and lyrics, in place of the pipeline's own method, which takes no embeddings."""
-    mask = torch.ones(1, 6, dtype=torch.long)
-    return noise(1, 6, WIDTH, seed=1), mask, noise(1, 6, WIDTH, seed=2), mask
+def encode_prompt(prompt: str | list[str], **_: Any) -> tuple[torch.Tensor, ...]:
+    """Embeds any prompts and lyrics, in place of the pipeline's own method, which takes no embeddings."""
+    rows = 1 if isinstance(prompt, str) else len(prompt)
+    mask = torch.ones(rows, 6, dtype=torch.long)
+    return noise(rows, 6, WIDTH, seed=1), mask, noise(rows, 6, WIDTH, seed=2), mask
 
 
 def make(**changes: Any) -> Any:

@@ -64,7 +64,7 @@ def pipeline(name: str, **changes: Any) -> Any:
             audio_attention_head_dim=8,
             audio_cross_attention_dim=16,
             vae_scale_factors=(2, 8, 8),
-            num_layers=2,
+            num_layers=1,
             caption_channels=WIDTH,
             **changes,
         )

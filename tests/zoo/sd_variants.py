@@ -162,6 +162,8 @@ ENTRIES = [
         **UNET,
     ),
     Entry("LDMTextToImagePipeline", latent_diffusion, from_words, **UNET),
+    # It guides at every scale but 1.
+    Entry("LDMTextToImagePipeline below 1", latent_diffusion, lambda: {**from_words(), "guidance_scale": -4.0}, **UNET),
     Entry("MarigoldDepthPipeline", marigold, depth, form="none", **{**UNET, "output": "latent"}),
     Entry("CycleDiffusionPipeline", cycle, from_source, **UNET),
 ]
