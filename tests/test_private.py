@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from diffusers import CacheMixin
 from torch import nn
 from torch.nn import functional
 
@@ -23,6 +24,7 @@ from tests.conftest import CountingBackend
 from tests.replay import ReplayBackend, copies_of
 from tests.test_refusals import says
 from tests.test_regional import blocks_share_graphs
+from tests.zoo import allegro
 from tgate_fx import forward_patch, private
 from tgate_fx.artifact import fingerprint
 from tgate_fx.artifact import private as aot
@@ -304,6 +306,16 @@ def test_without_the_names_of_hooks_a_module_may_have_some() -> None:
     assert not private.has_hooks(nn.Linear(1, 1))
     for name in ("_forward_hooks", "_forward_pre_hooks"):
         assert private.has_hooks(SimpleNamespace(**{name: {}}))  # type: ignore[arg-type]  # the other is lacking
+
+
+def test_without_the_name_of_what_resets_caches_nothing_is_put_on_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    transformer, without = (allegro.make().transformer for _ in range(2))
+    before = set(vars(transformer))
+    private.settle_cache_hooks(transformer)
+    assert set(vars(transformer)) - before == {"_diffusers_hook"}
+    monkeypatch.delattr(CacheMixin, "_reset_stateful_cache")
+    private.settle_cache_hooks(without)
+    assert set(vars(without)) == before
 
 
 def test_without_versions_bits_are_read_all_the_same() -> None:
