@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 from typing import Any
 
@@ -75,8 +76,11 @@ def with_other_text_after_the_gate(pipe: Any, entry: zoo.Entry, calls: int) -> t
         step = position["calls"] // calls
         if step < max(GATE, begun.setdefault(id(module), step) + 1):
             return None
-        assert any(name in kwargs for name in entry.text)
-        return args, {name: oracle.changed(value) if name in entry.text else value for name, value in kwargs.items()}
+        names = list(inspect.signature(type(module).forward).parameters)[1:]  # without self
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        assert any(name in given for name in entry.text)
+        changed = {name: oracle.changed(value) if name in entry.text else value for name, value in given.items()}
+        return tuple(changed.pop(name) for name in names[: len(args)]), changed
 
     handles = [each.register_forward_pre_hook(replace, with_kwargs=True) for each in denoisers_of(pipe, entry)]
     with oracle.hooked(*handles):
