@@ -88,6 +88,15 @@ FAMILIES = {
     "SanaVideoTransformer3DModel": Family(
         Rows(frozenset(("hidden_states", *_TEXT, "attention_mask", "guidance"))), after_gate="positive"
     ),
+    # The timestep has a column for each frame.
+    "SanaWMTransformer3DModel": Family(
+        Rows(
+            frozenset(("hidden_states", *_TEXT, "mask", "camera_conditions", "chunk_plucker")),
+            frozenset(("img_hw",)),
+        ),
+        text=(*_TEXT, "mask"),
+        after_gate="positive",
+    ),
     # The text has a row for each frame.
     "UNetMotionModel": Family(
         Rows(frozenset((*_UNET, *_RESIDUALS, "text_embeds", "time_ids", "image_embeds")), shared=_MASKS),
