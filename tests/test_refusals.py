@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -14,7 +15,7 @@ from torch import nn
 
 import tgate_fx
 from tests import tiny
-from tests.zoo import ace_step, dreamlite
+from tests.zoo import ace_step, dreamlite, kandinsky5
 
 KWARGS = {**tiny.inputs("sd"), "num_inference_steps": 5}
 
@@ -114,9 +115,58 @@ def test_a_denoiser_without_cross_attention(pipe: Any, plain: torch.Tensor) -> N
     assert not {"forward", "_tgate_dispatch"} & set(vars(without.unet))
 
 
-def test_a_denoiser_that_is_not_tested(pipe: Any) -> None:
+def test_a_denoiser_that_is_none(pipe: Any) -> None:
     pipe.unet = nn.Linear(3, 3)
-    with pytest.raises(tgate_fx.UnsupportedError, match=says("unet is a Linear", "UNet2DConditionModel", "split")):
+    with pytest.raises(tgate_fx.UnsupportedError, match=says("Linear has no cross-attention", "as it is")):
+        tgate_fx.gate(pipe)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "CogVideoXTransformer3DModel",
+        "FluxTransformer2DModel",
+        "HunyuanVideoTransformer3DModel",
+        "MochiTransformer3DModel",
+        "QwenImageTransformer2DModel",
+        "SD3Transformer2DModel",
+    ],
+)
+def test_joint_attention(name: str) -> None:
+    """By the pipeline, whatever else it is, by its sites and by its denoiser alone; of usual size, without weights."""
+    with torch.device("meta"):
+        denoiser = getattr(diffusers, name)()
+    pipe = SimpleNamespace(transformer=denoiser)
+    before = [set(vars(module)) for module in denoiser.modules()]
+    for function, given in (
+        (tgate_fx.gate, pipe),
+        (tgate_fx.compile, pipe),
+        (tgate_fx.sites, pipe),
+        (tgate_fx.split, denoiser),
+    ):
+        with pytest.raises(tgate_fx.UnsupportedError, match=says(f"{name} has joint attention", "as it is")):
+            function(given)
+    assert [set(vars(module)) for module in denoiser.modules()] == before
+
+
+def test_intervals_without_self_attention() -> None:
+    """That is under another name in Kandinsky 5: there would be nothing to cache."""
+    entry = kandinsky5.ENTRIES[0]
+    pipe = entry.make()
+    message = says("fi_interval=2", "Kandinsky5Transformer3DModel", "no self-attention", "Leave both")
+    with pytest.raises(tgate_fx.UnsupportedError, match=message):
+        tgate_fx.gate(pipe, gate_step=2, fi_interval=2)
+    tgate_fx.gate(pipe, gate_step=2)
+    with pytest.raises(tgate_fx.UnsupportedError, match=message):
+        pipe(**entry.inputs(), fi_interval=2)
+
+
+def test_sites_of_a_pipeline_that_is_not_tested() -> None:
+    with torch.device("meta"):
+        denoiser = diffusers.models.UNetControlNetXSModel()
+    pipe = SimpleNamespace(unet=denoiser)
+    assert len(tgate_fx.sites(pipe)) == len(tgate_fx.sites(denoiser)) > 0
+    with pytest.raises(tgate_fx.UnsupportedError, match=says("unet is a UNetControlNetXSModel", "split")):
         tgate_fx.gate(pipe)
 
 

@@ -112,6 +112,7 @@ class Gated:
             calls_back = bound("callback_on_step_end") is not None or bound("callback") is not None
             for each in self.networks:
                 each.network.check_unchanged(pipe)
+                each.network.check_schedule(schedule)
             steps = self.steps = Steps(pipe, schedule, bound("guidance_scale"), calls_back=calls_back)
             self.runs = [Run(each, steps) for each in self.networks]
             for each in self.networks:

@@ -14,7 +14,7 @@ from .errors import StateError, UnsupportedError
 from .families import FAMILIES, Family, family_of
 from .roles import Kind, Roles
 from .schedule import Schedule
-from .sites import Site
+from .sites import Site, find_sites
 from .split import PhaseFunction, phase_function
 
 # The attributes under which diffusers' pipelines have them.
@@ -38,7 +38,7 @@ class Network:
         dispatch: what stands in place of the module's forward, from `attach` on.
 
     Raises:
-        UnsupportedError: the module has no such branch.
+        UnsupportedError: the module has no such branch, or no cross-attention.
     """
 
     def __init__(self, attribute: str, module: nn.Module, family: Family, deepcache: DeepCache | None) -> None:
@@ -47,6 +47,7 @@ class Network:
         self.family = family
         self.branch = None if deepcache is None else deepcache.branch
         self._deep_branch = None if self.branch is None else find_deep_branch(self.module, self.branch)
+        self._kinds = {kind for _, kind, _ in find_sites(module)}
         self._functions: dict[Roles, PhaseFunction] = {}
         self.dispatch: Dispatch
 
@@ -76,6 +77,15 @@ class Network:
             if site.branch in (None, self.branch)
         ]
 
+    def check_schedule(self, schedule: Schedule) -> None:
+        """Raise `UnsupportedError` if there is no site of a kind that is to be cached."""
+        if schedule.caches_self_attention and Kind.SELF_ATTENTION not in self._kinds:
+            raise UnsupportedError(
+                f"sp_interval={schedule.sp_interval} and fi_interval={schedule.fi_interval} were given for a "
+                f"{type(self.module).__name__}, in which no self-attention is found: expected modules named attn1. "
+                "Leave both intervals at 1."
+            )
+
     def check_captured(self, kind: Kind, captured: Sequence[Any]) -> None:
         """Raise `StateError` if a site of this kind did not run while the module did."""
         self.dispatch.sites.check_captured(kind, self.branch, captured)
@@ -92,30 +102,42 @@ class Network:
             )
 
 
+def denoisers_of(pipe: Any) -> dict[str, nn.Module]:
+    """Return the denoisers of a pipeline, by its attribute: mostly one; Wan 2.2 has one for each part of the steps.
+
+    Raises:
+        UnsupportedError: there is none, or one cannot be gated as it is.
+    """
+    found = {name: getattr(pipe, name, None) for name in _DENOISERS}
+    denoisers = {name: denoiser for name, denoiser in found.items() if isinstance(denoiser, nn.Module)}
+    for name, denoiser in denoisers.items():
+        check_plain(name, denoiser)
+    if not denoisers:
+        raise UnsupportedError(
+            f"{type(pipe).__name__} has no denoiser: expected a diffusers pipeline with a unet or a transformer to "
+            "gate. Use the pipeline as it is."
+        )
+    return denoisers
+
+
 def networks_of(pipe: Any, deepcache: DeepCache | None = None) -> list[Network]:
-    """Return the denoisers of a pipeline: mostly one; two of which each runs a part of the steps (Wan 2.2).
+    """Return the denoisers of a pipeline with their facts.
 
     Raises:
         UnsupportedError: there is none, one is of no known family or cannot be gated as it is, or has no such deep
             branch.
     """
-    name = type(pipe).__name__
     networks = []
-    for attribute in _DENOISERS:
-        denoiser = getattr(pipe, attribute, None)
-        if isinstance(denoiser, nn.Module):
-            check_plain(attribute, denoiser)
-            family = family_of(type(denoiser))
-            if family is None:
-                raise UnsupportedError(
-                    f"{name}.{attribute} is a {type(denoiser).__name__}: expected one of {', '.join(FAMILIES)}, the "
-                    "denoisers that are tested. tgate_fx.split(denoiser) works on any model with cross-attention."
-                )
-            networks.append(Network(attribute, denoiser, family, deepcache))
-    if not networks:
-        raise UnsupportedError(
-            f"{name} has no denoiser: expected a diffusers pipeline with a unet or a transformer to gate."
-        )
+    for attribute, denoiser in denoisers_of(pipe).items():
+        family = family_of(type(denoiser))
+        if family is None:
+            find_sites(denoiser)  # which says it if there are none
+            raise UnsupportedError(
+                f"{type(pipe).__name__}.{attribute} is a {type(denoiser).__name__}: expected one of "
+                f"{', '.join(FAMILIES)}, the denoisers that are tested. tgate_fx.split(denoiser) works on any model "
+                "with cross-attention."
+            )
+        networks.append(Network(attribute, denoiser, family, deepcache))
     return networks
 
 

@@ -17,7 +17,7 @@ from .errors import ArgumentError, StateError, UnsupportedError
 from .gated import Gated, check_not_gated
 from .keywords import refuse_unknown
 from .ladder import measure_ladder
-from .network import Network, check_not_compiled, networks_of
+from .network import Network, check_not_compiled, denoisers_of, networks_of
 from .phase_graph import PhaseGraph, graphs_of
 from .phases import EagerPhases
 from .report import Report
@@ -155,6 +155,7 @@ def _schedule(
     after_gate = networks[0].family.after_gate if after_gate is None else after_gate
     schedule = Schedule(gate_step, sp_interval, fi_interval, warm_up, deep_interval, after_gate)
     for network in networks:
+        network.check_schedule(schedule)
         possible = (*network.family.guidance.branches, "both")
         if after_gate not in possible:
             raise UnsupportedError(
@@ -273,7 +274,7 @@ def sites(target: Any) -> tuple[SiteInfo, ...]:
     if gated is not None:
         cached = (each.network.cached_sites(gated.schedule) for each in gated.networks)
         return SiteList(site.info for sites in cached for site in sites)
-    denoisers = [target] if isinstance(target, nn.Module) else [network.module for network in networks_of(target, None)]
+    denoisers = [target] if isinstance(target, nn.Module) else denoisers_of(target).values()
     found = (site for denoiser in denoisers for site in find_sites(denoiser))
     return SiteList(SiteInfo(name, kind.title) for name, kind, _ in found if kind is Kind.CROSS_ATTENTION)
 

@@ -12,7 +12,7 @@ import inspect
 import re
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import nn
@@ -70,12 +70,25 @@ def find_sites(denoiser: nn.Module) -> list[tuple[str, Kind, nn.Module]]:
         elif first:
             found.append((name, Kind.SELF_ATTENTION, module))
     if not any(kind is Kind.CROSS_ATTENTION for _, kind, _ in found):
-        raise UnsupportedError(
-            f"{type(denoiser).__name__} has no cross-attention that could be cached: expected modules named attn2, "
-            "cross_attn or cross_attention that read the text apart from the image. Models with joint attention "
-            "(Flux, Stable Diffusion 3) or without a text input cannot be gated; use the pipeline as it is."
-        )
+        _refuse(denoiser)
     return found
+
+
+def _refuse(denoiser: nn.Module) -> NoReturn:
+    """Raise `UnsupportedError` for a denoiser without cross-attention."""
+    name = type(denoiser).__name__
+    takes_text = "encoder_hidden_states" in inspect.signature(denoiser.forward).parameters
+    attentions = [each for each, module in denoiser.named_modules() if "Attention" in type(module).__name__]
+    if takes_text and attentions and not any(map(_CROSS_NAME.search, attentions)):
+        raise UnsupportedError(
+            f"{name} has joint attention, in which text and image attend to each other: expected cross-attention, "
+            "which reads the text apart from the image and so becomes constant. Use the pipeline as it is."
+        )
+    raise UnsupportedError(
+        f"{name} has no cross-attention that could be cached: expected modules named attn2, cross_attn or "
+        "cross_attention that read the text apart from the image. Models that take no text, or in whose attention it "
+        "joins the image, cannot be gated; use the pipeline as it is."
+    )
 
 
 class RoleTable:
