@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import pkgutil
 from typing import Any
 
 import pytest
@@ -15,11 +13,7 @@ from tests import oracle, zoo
 from tests.conftest import CountingBackend
 from tests.test_compile import relative_error
 
-ENTRIES = [
-    entry
-    for module in pkgutil.iter_modules(zoo.__path__)
-    for entry in importlib.import_module(f"tests.zoo.{module.name}").ENTRIES
-]
+ENTRIES = zoo.entries()
 GATE = 2
 
 

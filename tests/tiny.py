@@ -82,8 +82,9 @@ def image_processor(size: int) -> Any:
     return IMAGE_PROCESSOR(crop_size=size, size={"shortest_edge": size})
 
 
-def vae() -> AutoencoderKL:
+def vae(**changes: Any) -> AutoencoderKL:
     return AutoencoderKL(
+        **changes,
         block_out_channels=(8, 16),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,

@@ -34,6 +34,8 @@ _TEXT = ("encoder_hidden_states", "encoder_attention_mask")
 _UNET = ("sample", "timestep_cond", "attention_mask", *_TEXT)
 _RESIDUALS = ("down_block_additional_residuals", "mid_block_additional_residual")
 
+_BOXES = ("boxes", "positive_embeddings", "masks")  # GLIGEN's
+
 _MASKS = frozenset(("ip_adapter_masks",))  # one for each IP-Adapter
 
 
@@ -62,6 +64,7 @@ FAMILIES = {
                     "text_embeds",
                     "time_ids",
                     "image_embeds",
+                    *_BOXES,
                 )
             ),
             shared=_MASKS,

@@ -1,10 +1,13 @@
 """A tiny pipeline of every family: real classes with random weights that do not vanish, made without a network.
 
-Text encoders are left out; embeddings are given. Each file has the pipelines of one family in ``ENTRIES``.
+Text encoders are left out; embeddings are given. Each file has the pipelines of one family in ``ENTRIES``; `entries`
+has them all.
 """
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,6 +56,12 @@ class Entry:
             result = pipe(**self.inputs())
         value = result[self.output] if isinstance(result, dict) else getattr(result, self.output)
         return torch.as_tensor(value)
+
+
+def entries() -> list[Entry]:
+    """Every entry of every file."""
+    modules = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
+    return [entry for module in modules for entry in module.ENTRIES]
 
 
 def quiet(pipe: Any) -> Any:

@@ -94,8 +94,9 @@ def cycle() -> Any:
     )
 
 
-def marigold() -> Any:
-    pipe = pipeline("MarigoldDepthPipeline", unet=unet(in_channels=8), prediction_type="depth")
+def marigold(of: str) -> Any:
+    """Of depth or of normals: the image is conditioning, and the text is empty."""
+    pipe = pipeline(f"Marigold{of}Pipeline", unet=unet(in_channels=8), prediction_type=of.lower())
     pipe.empty_text_embedding = noise(1, 2, WIDTH, seed=1, scale=3)
     return pipe
 
@@ -164,6 +165,6 @@ ENTRIES = [
     Entry("LDMTextToImagePipeline", latent_diffusion, from_words, **UNET),
     # It guides at every scale but 1.
     Entry("LDMTextToImagePipeline below 1", latent_diffusion, lambda: {**from_words(), "guidance_scale": -4.0}, **UNET),
-    Entry("MarigoldDepthPipeline", marigold, depth, form="none", **{**UNET, "output": "latent"}),
+    Entry("MarigoldDepthPipeline", lambda: marigold("Depth"), depth, form="none", **{**UNET, "output": "latent"}),
     Entry("CycleDiffusionPipeline", cycle, from_source, **UNET),
 ]
