@@ -168,7 +168,7 @@ def gated(
         networks: the denoisers.
         generate: calls the pipeline.
         gate: the first gated step.
-        form: how guidance reaches them: "batch", "reversed", "calls" or "none".
+        form: how guidance reaches them: "batch", "reversed", "calls", "none" or "whole", of which nothing is cut.
         calls: how many calls a step has.
         keep: the branch that goes on, of a batch.
         loop: how many steps each of the pipeline's loops has, if it has several; each is gated by itself.

@@ -43,7 +43,9 @@ def test_gated_eagerly(entry: zoo.Entry) -> None:
     networks = [oracle.Network(*pair) for pair in zip(denoisers, sites, strict=True)]
     expected = oracle.gated(networks, lambda: entry.run(pipe), GATE, entry.form, calls, loop=entry.loop)
 
-    tgate_fx.gate(pipe, gate_step=GATE, after_gate="positive" if entry.form != "none" else None, **entry.settings)
+    if entry.form == "whole":
+        check_one_branch_is_refused(pipe, entry)
+    tgate_fx.gate(pipe, gate_step=GATE, after_gate=entry.after_gate, **entry.settings)
     assert [site.name for site in tgate_fx.sites(pipe)] == [name for names in sites for name in names]
     got, outputs = outputs_of(pipe, entry)
     assert torch.isfinite(got).all()
@@ -56,6 +58,14 @@ def test_gated_eagerly(entry: zoo.Entry) -> None:
         assert torch.equal(with_other_text_after_the_gate(pipe, entry, calls), got)
     tgate_fx.restore(pipe)
     assert torch.equal(entry.run(pipe), plain)
+
+
+def check_one_branch_is_refused(pipe: Any, entry: zoo.Entry) -> None:
+    cls = type(pipe)
+    with pytest.raises(tgate_fx.UnsupportedError, match=rf"{cls.__name__} uses .* keeps one.*after_gate='both'"):
+        tgate_fx.gate(pipe, gate_step=GATE, **entry.settings)
+    assert type(pipe) is cls
+    assert not any("forward" in vars(module) for each in denoisers_of(pipe, entry) for module in each.modules())
 
 
 def with_other_text_after_the_gate(pipe: Any, entry: zoo.Entry, calls: int) -> torch.Tensor:
@@ -83,9 +93,9 @@ def with_other_text_after_the_gate(pipe: Any, entry: zoo.Entry, calls: int) -> t
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.pipeline)
 def test_compiled(entry: zoo.Entry, backend: CountingBackend) -> None:
-    after_gate = "positive" if entry.form != "none" else None
-    expected = entry.run(tgate_fx.gate(entry.make(), gate_step=GATE, after_gate=after_gate, **entry.settings))
-    pipe = tgate_fx.compile(entry.make(), gate_step=GATE, after_gate=after_gate, backend=backend, **entry.settings)
+    settings = {"gate_step": GATE, "after_gate": entry.after_gate, **entry.settings}
+    expected = entry.run(tgate_fx.gate(entry.make(), **settings))
+    pipe = tgate_fx.compile(entry.make(), **settings, backend=backend)
     for _ in range(2):
         assert relative_error(entry.run(pipe), expected) < 1e-5
     assert len(backend.graphs) == entry.graphs

@@ -20,17 +20,19 @@ class OneBatch(GuidanceForm):
     order: ClassVar[tuple[str, str]] = ("negative", "positive")
 
     def check(self, inputs: Mapping[str, Any], latents: torch.Tensor) -> None:
-        """See that both halves of the batch are the same latents; see `GuidanceForm.check`."""
+        """See that both halves of the batch are the same latents, if one is cut off; see `GuidanceForm.check`."""
+        if self._branch == "both":
+            return
         rows = latents.shape[0]
         own = self._rows.own_latents(self._denoiser, latents)
         if rows % 2 or not torch.equal(own[: rows // 2], own[rows // 2 :]):
             raise UnsupportedError(
                 f"Guidance is on, but the denoiser was given {rows} rows that are not the same latents twice: expected "
                 "one batch of an unconditional and a conditional branch. This pipeline guides in another way (separate "
-                "calls, three chunks); use it with gate_step=None or guidance off."
+                "calls, three chunks); use it with gate_step=None or guidance off. Three chunks go on with "
+                "after_gate='both'."
             )
-        if self._branch != "both":
-            self.one_branch(dict(inputs), rows)
+        self.one_branch(dict(inputs), rows)
 
     def rows_kept(self, rows: int) -> int:
         """Return half of them."""

@@ -26,7 +26,8 @@ class Entry:
         pipeline: its class; with a word after it where there are several settings of one class.
         make: makes it with seeded weights.
         inputs: what it is called with, new at every call; with guidance, if it has any, and `STEPS` steps.
-        form: how guidance reaches the denoiser: "batch" ([uncond, cond]), "reversed", "calls" or "none".
+        form: how guidance reaches the denoiser: "batch" ([uncond, cond]), "reversed", "calls", "none", or "whole": in
+            one batch of three or more chunks, of which none can go on alone.
         text: the names of the denoiser's inputs that carry the text.
         latents: the name of the denoiser's input that has the latents, or the names if there are several.
         output: the field of the pipeline's output to compare.
@@ -49,6 +50,11 @@ class Entry:
     loop: int | None = None
     graphs: int = 2
     settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def after_gate(self) -> str | None:
+        """What is kept after the gate."""
+        return {"none": None, "whole": "both"}.get(self.form, "positive")
 
     def run(self, pipe: Any) -> torch.Tensor:
         """Generate, and return the latents (or whatever the pipeline gives) as one tensor."""

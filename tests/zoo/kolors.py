@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
@@ -20,12 +21,13 @@ from . import STEPS, Entry, generator, noise, quiet, seeded
 WIDTH = 24
 
 
-def imported(module: str, name: str) -> Any:
+def imported(module: str, name: str, package: str = "kolors") -> Any:
     """A class of Kolors; the modules need sentencepiece only for the tokenizer, which is left out here."""
     importlib.import_module("diffusers.pipelines.kolors")
     stand_in = {} if find_spec("sentencepiece") else {"sentencepiece": SimpleNamespace(SentencePieceProcessor=None)}
-    with mock.patch.dict(sys.modules, stand_in):
-        return getattr(importlib.import_module(f"diffusers.pipelines.kolors.{module}"), name)
+    with mock.patch.dict(sys.modules, stand_in), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of torch, about torch.jit.script
+        return getattr(importlib.import_module(f"diffusers.pipelines.{package}.{module}"), name)
 
 
 class Letters:
@@ -59,7 +61,7 @@ def text_encoder() -> Any:
     return seeded(make)
 
 
-def pipeline(module: str, name: str, **changes: Any) -> Any:
+def pipeline(module: str, name: str, package: str = "kolors", **changes: Any) -> Any:
     unet = seeded(
         lambda: tiny.unet(
             **tiny.ONE_BLOCK,
@@ -72,7 +74,7 @@ def pipeline(module: str, name: str, **changes: Any) -> Any:
         )
     )
     parts = {"vae": seeded(tiny.vae), "unet": unet, "scheduler": tiny.scheduler("EulerDiscrete")}
-    return quiet(imported(module, name)(**{"text_encoder": None, "tokenizer": None, **parts, **changes}))
+    return quiet(imported(module, name, package)(**{"text_encoder": None, "tokenizer": None, **parts, **changes}))
 
 
 def from_image() -> Any:
@@ -104,9 +106,7 @@ def embedded() -> dict[str, Any]:
 
 def with_image() -> dict[str, Any]:
     """A prompt, since this pipeline loses the pooled embeddings that it is given."""
-    return inputs(
-        prompt="a red cat", negative_prompt="dogs", image=noise(1, 3, 16, 16, seed=5, scale=0.3), strength=1.0
-    )
+    return inputs(prompt="a red cat", negative_prompt="dogs", image=noise(1, 3, 16, 16, seed=5).sigmoid(), strength=1.0)
 
 
 UNET: dict[str, Any] = {"latents": "sample", "output": "images", "denoisers": ("unet",)}
