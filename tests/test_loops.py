@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, WanPipeline
 
 import tgate_fx
 from tests import tiny
 from tests.conftest import CountingBackend
+from tests.zoo import loops, wan
 
 CALL = {name: value for name, value in tiny.inputs("sd").items() if name not in ("height", "width")}
 CALL["num_inference_steps"] = 4
@@ -25,7 +26,7 @@ class HighResolutionFix(StableDiffusionPipeline):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         sizes = {"height": 16, "width": 16}
-        small = super().__call__(*args, **sizes, **kwargs).images
+        small = super().__call__(*args, **sizes, **kwargs)[0]
         sizes = {name: 2 * size for name, size in sizes.items()}
         return super().__call__(*args, **sizes, **{**kwargs, "latents": larger(small), "num_inference_steps": 5})
 
@@ -58,6 +59,42 @@ def test_each_loop_is_gated_anew(gate: float, backend: CountingBackend) -> None:
         assert phases == ["pre-gate"] * 2 + ["post-gate"] * 2 + ["pre-gate"] * 2 + ["post-gate"] * 3
         assert [step.index for step in tgate_fx.report(pipe).steps] == list(range(9))
     assert len(backend.graphs) == 4  # two phases of two sizes
+
+
+class LargerVideo(WanPipeline):
+    """Generates a small video, then another one of twice the size from it; each guides in separate calls."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        small = super().__call__(*args, **kwargs).frames
+        return super().__call__(*args, **{**kwargs, **from_small(small)})
+
+
+def from_small(small: torch.Tensor) -> dict[str, Any]:
+    latents = torch.nn.functional.interpolate(small, scale_factor=(1, 2, 2))
+    return {"height": 32, "width": 32, "latents": latents, "num_inference_steps": 5}
+
+
+@pytest.mark.parametrize("after_gate", ["positive", "both"])
+def test_each_loop_of_separate_calls_is_gated_anew(after_gate: str) -> None:
+    one = tgate_fx.gate(wan.text_to_video(), 2, after_gate=after_gate)
+    expected = one(**wan.inputs(**from_small(one(**wan.inputs()).frames))).frames
+    pipe = LargerVideo(**wan.text_to_video().components)
+    pipe.set_progress_bar_config(disable=True)
+    tgate_fx.gate(pipe, 2, after_gate=after_gate)
+    for _ in range(2):
+        assert torch.equal(pipe(**wan.inputs()).frames, expected)
+    phases = [step.phase for step in tgate_fx.report(pipe).steps]
+    assert phases == ["pre-gate"] * 2 + ["post-gate"] * 2 + ["pre-gate"] * 2 + ["post-gate"] * 3
+
+
+def test_loops_of_different_lengths() -> None:
+    """FreeInit's fast sampling has fewer steps in its first loops: a half of the steps is another step in each."""
+    pipe = loops.free_init()
+    pipe.enable_free_init(num_iters=2, use_fast_sampling=True)
+    tgate_fx.gate(pipe, gate_step=0.5)
+    pipe(**loops.animate.text_to_video())
+    phases = [step.phase for step in tgate_fx.report(pipe).steps]
+    assert phases == ["pre-gate", "post-gate"] + ["pre-gate"] * 2 + ["post-gate"] * 2
 
 
 def test_a_loop_over_the_same_timesteps_begins_with_the_first_of_them() -> None:

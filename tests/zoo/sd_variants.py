@@ -94,9 +94,14 @@ def cycle() -> Any:
     )
 
 
-def marigold(of: str) -> Any:
-    """Of depth or of normals: the image is conditioning, and the text is empty."""
-    pipe = pipeline(f"Marigold{of}Pipeline", unet=unet(in_channels=8), prediction_type=of.lower())
+def marigold(kind: str = "Depth", targets: int = 1, **settings: Any) -> Any:
+    """The image is conditioning, and the text is empty."""
+    pipe = pipeline(
+        f"Marigold{kind}Pipeline",
+        unet=unet(in_channels=4 + 4 * targets, out_channels=4 * targets),
+        prediction_type=kind.lower(),
+        **settings,
+    )
     pipe.empty_text_embedding = noise(1, 2, WIDTH, seed=1, scale=3)
     return pipe
 
@@ -116,13 +121,14 @@ def varied() -> dict[str, Any]:
     return {name: value for name, value in given.items() if not name.endswith("prompt_embeds")}
 
 
-def depth() -> dict[str, Any]:
+def depth(**changes: Any) -> dict[str, Any]:
     return {
         "image": image(),
         "num_inference_steps": STEPS,
         "processing_resolution": 0,
         "output_latent": True,
         "generator": generator(),
+        **changes,
     }
 
 
@@ -165,6 +171,6 @@ ENTRIES = [
     Entry("LDMTextToImagePipeline", latent_diffusion, from_words, **UNET),
     # It guides at every scale but 1.
     Entry("LDMTextToImagePipeline below 1", latent_diffusion, lambda: {**from_words(), "guidance_scale": -4.0}, **UNET),
-    Entry("MarigoldDepthPipeline", lambda: marigold("Depth"), depth, form="none", **{**UNET, "output": "latent"}),
+    Entry("MarigoldDepthPipeline", marigold, depth, form="none", **{**UNET, "output": "latent"}),
     Entry("CycleDiffusionPipeline", cycle, from_source, **UNET),
 ]
