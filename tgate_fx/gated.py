@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .errors import StateError
-from .guidance import check_known_guidance
+from .guidance import check_known_guidance, check_settings
 from .network import Network
 from .phases import Phases
 from .run import GatedNetwork, Run
@@ -108,6 +108,8 @@ class Gated:
         overrides = {name: value for name, value in given.items() if value is not _AS_GATED}
         schedule = dataclasses.replace(self.schedule, off=self.disabled > 0, **overrides)
         bound = functools.partial(_bound, self.parameters, (pipe, *args), kwargs)
+        if schedule.caches:
+            check_settings(pipe, bound)
         with self.one_at_a_time():
             calls_back = bound("callback_on_step_end") is not None or bound("callback") is not None
             for each in self.networks:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -35,6 +36,35 @@ _MORE_BRANCHES = {
     "editing_prompt": "semantic guidance, which adds a branch for each edit to the batch",
 }
 
+
+class _Setting(NamedTuple):
+    """A keyword of a pipeline's call by which steps come to differ from the form in which its guidance arrives.
+
+    Attributes:
+        neutral: the value with which they do not.
+        differs: tells of another value, given that one, whether they do.
+        what: what the keyword does.
+    """
+
+    neutral: float
+    differs: Callable[[Any, float], bool]
+    what: str
+
+
+_PERTURBED = _Setting(0.0, operator.gt, "calls the denoiser once more at every step, with some attention left out")
+_ISOLATED = _Setting(1.0, operator.gt, "calls the denoiser once more at every step, with video and sound kept apart")
+_SOME_STEPS = "guides at some of the steps only"
+
+# LTX 2, whose keywords for sound are those for the video if they are None or 0; ACE-Step.
+_SETTINGS = {
+    "stg_scale": _PERTURBED,
+    "audio_stg_scale": _PERTURBED,
+    "modality_scale": _ISOLATED,
+    "audio_modality_scale": _ISOLATED,
+    "cfg_interval_start": _Setting(0.0, operator.gt, _SOME_STEPS),
+    "cfg_interval_end": _Setting(1.0, operator.lt, _SOME_STEPS),
+    "audio_cover_strength": _Setting(1.0, operator.lt, "calls the denoiser once more at every step, without the cover"),
+}
 
 # Pipelines that never guide: if they have a scale, it is embedded.
 _NEVER_GUIDE = frozenset(
@@ -182,3 +212,38 @@ def check_known_guidance(pipe: Any, parameters: Mapping[str, Any], after_gate: s
                 "conditional branch for that. Give after_gate='both', which keeps the whole batch and all guidance, "
                 "or use this pipeline ungated."
             )
+
+
+def check_settings(pipe: Any, bound: Callable[[str], Any]) -> None:
+    """Raise `UnsupportedError` if a call of the pipeline has a setting with which it cannot be gated.
+
+    Args:
+        pipe: the pipeline.
+        bound: returns what the call binds to a parameter of this name; None if there is none.
+    """
+    given = {name: bound(name) for name in _SETTINGS}
+    differing = {
+        name: value
+        for name, value in given.items()
+        if value is not None
+        and _SETTINGS[name].differs(value, _SETTINGS[name].neutral)
+        and _has_effect(pipe, name, bound)
+    }
+    if differing:
+        what = " and ".join(dict.fromkeys(_SETTINGS[name].what for name in differing))
+        raise UnsupportedError(
+            f"{type(pipe).__name__} was called with {_listed(differing)}, with which it {what}: expected "
+            f"{_listed({name: _SETTINGS[name].neutral for name in differing})}. Give it so, or use gate_step=None."
+        )
+
+
+def _has_effect(pipe: Any, name: str, bound: Callable[[str], Any]) -> bool:
+    """Return whether such a keyword does anything in this call."""
+    if name.startswith("cfg_interval"):
+        scale = bound("guidance_scale")
+        return bool(scale is not None and scale > 1 and not pipe.is_turbo)
+    return name != "audio_cover_strength" or bound("task_type") == "cover"
+
+
+def _listed(values: Mapping[str, float]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in values.items())
