@@ -2,8 +2,8 @@
 
     python -m benchmarks.pipelines docs/pipelines.md
 
-A pipeline is *tested* if it is among the tiny pipelines of the tests (`tests.zoo`), which are compared with an oracle. Of
-every other one `tgate_fx.gate` is asked itself, with a denoiser of the default size of its class, without weights.
+A pipeline is *tested* if it is among the tiny pipelines of the tests (`tests.zoo`), which are compared with an oracle.
+Of every other one `tgate_fx.gate` is asked itself, with a denoiser of its class's default size, without weights.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 import tgate_fx
-from tests import tiny
-from tests.zoo import ace_step, dreamlite, kandinsky5
+from tests import oracle, tiny
+from tests.zoo import dreamlite, kandinsky5
 
 KWARGS = {**tiny.inputs("sd"), "num_inference_steps": 5}
 
@@ -378,28 +378,87 @@ def test_three_chunks_for_an_image() -> None:
     """DreamLite guides in one batch by text alone, and in three chunks when it has an image, too."""
     pipe = dreamlite.pipeline("DreamLitePipeline")
     pipe.processor = dreamlite.Letters()
+
+    def edit() -> Any:
+        return pipe(**dreamlite.inputs(image=PIL.Image.new("RGB", (16, 16)))).images
+
+    network = oracle.Network(pipe.unet, [site.name for site in tgate_fx.sites(pipe)])
+    expected = oracle.gated([network], edit, 2, "whole")
     tgate_fx.gate(pipe, gate_step=2)
-    with pytest.raises(tgate_fx.UnsupportedError, match=says("3 rows", "not the same latents twice", "three chunks")):
-        pipe(**dreamlite.inputs(image=PIL.Image.new("RGB", (16, 16))))
+    with pytest.raises(
+        tgate_fx.UnsupportedError, match=says("3 rows", "not the same latents twice", "three chunks", "'both'")
+    ):
+        edit()
     pipe(**dreamlite.inputs())
     assert tgate_fx.report(pipe).gate == 2
+    tgate_fx.restore(pipe)
+    tgate_fx.gate(pipe, gate_step=2, after_gate="both")
+    assert torch.equal(edit(), expected)
+
+
+class GuidedAtSomeSteps(diffusers.StableDiffusionPipeline):
+    """Guides at some of the steps only, which its inputs alone tell."""
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return True
+
+    @torch.no_grad()
+    def __call__(self, guided: tuple[int, ...] = (0, 1, 2, 3), prompts: int = 1) -> torch.Tensor:
+        self.scheduler.set_timesteps(4)
+        latents = torch.randn(prompts, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        text = torch.randn(2 * prompts, 7, tiny.TEXT_WIDTH, generator=torch.Generator().manual_seed(1))
+        for index, t in enumerate(self.scheduler.timesteps):
+            times = 2 if index in guided else 1
+            noise = self.unet(torch.cat([latents] * times), t, encoder_hidden_states=text[-times * prompts :]).sample
+            latents = self.scheduler.step(noise.chunk(times)[-1], t, latents).prev_sample
+        return latents
 
 
 @pytest.mark.parametrize("prompts", [1, 2])
+@pytest.mark.parametrize("after_gate", ["negative", "both"])
 @pytest.mark.parametrize(
-    ("interval", "words"),
+    ("guided", "words"),
     [
-        ((0.0, 0.5), "Leave guidance on or off for the whole generation"),  # ends after the gate
-        ((0.0, 0.2), "Let guidance span all steps"),  # ends before the gate
-        ((0.5, 1.0), "not the same latents twice"),
+        ((0, 1, 2), "Leave guidance on or off for the whole generation"),
+        ((0,), "Let guidance span all steps"),
+        ((1, 2, 3), "Let guidance span all steps"),
+        ((2, 3), "Leave guidance on or off for the whole generation"),
     ],
 )
-def test_guidance_within_an_interval(interval: tuple[float, float], words: str, prompts: int) -> None:
-    """ACE-Step may guide at some steps only, which its inputs alone tell."""
-    pipe = ace_step.make()
-    settings = ace_step.inputs(prompt=["a"] * prompts, shift=1.0)
-    tgate_fx.gate(pipe, gate_step=2)
+def test_guidance_at_some_steps(guided: tuple[int, ...], words: str, after_gate: str, prompts: int) -> None:
+    pipe = GuidedAtSomeSteps(**tiny.make("sd-small").components, requires_safety_checker=False)
+    tgate_fx.gate(pipe, gate_step=2, after_gate=after_gate)
+    if after_gate == "negative" and 0 not in guided:
+        words = "not the same latents twice"
     with pytest.raises(tgate_fx.TGateError, match=says(words)):
-        pipe(**settings, cfg_interval_start=interval[0], cfg_interval_end=interval[1])
-    pipe(**ace_step.inputs(prompt=["a"] * prompts))
+        pipe(guided, prompts)
+    pipe(prompts=prompts)
     assert tgate_fx.report(pipe).gate == 2
+
+
+@pytest.mark.parametrize("name", ["AudioLDMPipeline", "MusicLDMPipeline"])
+def test_text_that_enters_with_the_time(name: str) -> None:
+    """Their UNets have attentions that are built and named for a text, but read what they ask with."""
+    unet = tiny.unet(
+        cross_attention_dim=(16, 32),
+        class_embed_type="simple_projection",
+        projection_class_embeddings_input_dim=8,
+        class_embeddings_concat=True,
+    )
+    none = dict.fromkeys(("text_encoder", "tokenizer", "vocoder"))
+    cls = getattr(diffusers, name)
+    pipe = cls(vae=tiny.vae(), unet=unet, scheduler=tiny.scheduler(), **none, **_feature_extractor(cls))
+    assert any(getattr(module, "is_cross_attention", False) for module in unet.modules())
+    for refuses in (tgate_fx.gate, tgate_fx.compile, tgate_fx.sites):
+        with pytest.raises(tgate_fx.UnsupportedError, match=says("class_labels", "expected cross-attention")):
+            refuses(pipe)
+    for refuses in (tgate_fx.split, tgate_fx.sites):
+        with pytest.raises(tgate_fx.UnsupportedError, match=says("UNet2DConditionModel", "class_labels")):
+            refuses(unet)
+    assert type(pipe) is cls
+    assert not any("forward" in vars(module) for module in unet.modules())
+
+
+def _feature_extractor(cls: Any) -> dict[str, None]:
+    return dict.fromkeys({"feature_extractor"} & set(inspect.signature(cls).parameters))

@@ -59,6 +59,12 @@ def find_sites(denoiser: nn.Module) -> list[tuple[str, Kind, nn.Module]]:
     Raises:
         UnsupportedError: there is no cross-attention.
     """
+    # AudioLDM's and MusicLDM's UNets, whose attentions have all that makes one a cross-attention but a text.
+    if getattr(getattr(denoiser, "config", None), "class_embeddings_concat", False):
+        raise UnsupportedError(
+            f"{type(denoiser).__name__} reads its text as class_labels beside the time (class_embeddings_concat), and "
+            "its attention the latents alone: expected cross-attention to the text. Use the pipeline as it is."
+        )
     found: list[tuple[str, Kind, nn.Module]] = []
     for name, module in denoiser.named_modules():
         says_cross = getattr(module, "is_cross_attention", None)
