@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests import tiny
-
 from . import STEPS, Entry
 from . import animatediff as animate
 from .sd_variants import UNET, depth, marigold
 
 
-def free_init(name: str = "AnimateDiffPipeline") -> Any:
+def free_init() -> Any:
     """Begins anew from the video that it made, with the high frequencies of other noise."""
-    pipe = animate.pipeline(name, unet=animate.unet(**tiny.ONE_BLOCK))
+    pipe = animate.pipeline()
     pipe.enable_free_init(num_iters=2)
     return pipe
 
