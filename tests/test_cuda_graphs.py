@@ -81,7 +81,7 @@ def test_the_emulation_catches_a_cache_that_is_a_graphs_output(
     replay: ReplayBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the static cache is for: without it, what was captured is overwritten at the next replay."""
-    monkeypatch.setattr(cache.StaticCache, "keep", lambda self, kind, captured, *, merge: tuple(captured))
+    monkeypatch.setattr(cache.StaticCache, "keep", lambda self, kind, captured, slot: tuple(captured))
     pipe = compiled("sd-small", replay)
     kwargs = {**tiny.inputs("sd"), "num_inference_steps": 6, "guidance_scale": 1.0, "output_type": "latent"}
     assert torch.isnan(pipe(**kwargs).images).any()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -15,6 +16,36 @@ from tests.test_compile import relative_error
 
 ENTRIES = zoo.entries()
 GATE = 2
+
+# One of each way in which guidance reaches a denoiser, and two denoisers.
+FIRST = (
+    "LTXPipeline",
+    "LuminaPipeline",
+    "SanaSprintPipeline",
+    "StableDiffusionPAGPipeline",
+    "WanPipeline",
+    "WanPipeline 2.2 14B",
+)
+
+
+def parameters(entries: Iterable[zoo.Entry]) -> list[Any]:
+    """These entries, of which the default run has the first ones only."""
+    return [
+        pytest.param(entry, id=entry.pipeline, marks=() if entry.pipeline in FIRST else pytest.mark.slow)
+        for entry in entries
+    ]
+
+
+def compiled_entries() -> list[zoo.Entry]:
+    """Of each family those that differ in form or in the number of graphs: compiling takes long."""
+    seen = set()
+    chosen = []
+    for entry in ENTRIES:
+        key = (entry.make.__module__, entry.form, entry.graphs)
+        if key not in seen or entry.pipeline in FIRST:
+            chosen.append(entry)
+        seen.add(key)
+    return chosen
 
 
 def denoisers_of(pipe: Any, entry: zoo.Entry) -> list[Any]:
@@ -32,7 +63,7 @@ def outputs_of(pipe: Any, entry: zoo.Entry) -> tuple[torch.Tensor, list[torch.Te
         return entry.run(pipe), seen
 
 
-@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.pipeline)
+@pytest.mark.parametrize("entry", parameters(ENTRIES))
 def test_gated_eagerly(entry: zoo.Entry) -> None:
     pipe = entry.make()
     denoisers = denoisers_of(pipe, entry)
@@ -91,7 +122,7 @@ def with_other_text_after_the_gate(pipe: Any, entry: zoo.Entry, calls: int) -> t
         return entry.run(pipe)
 
 
-@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.pipeline)
+@pytest.mark.parametrize("entry", parameters(compiled_entries()))
 def test_compiled(entry: zoo.Entry, backend: CountingBackend) -> None:
     settings = {"gate_step": GATE, "after_gate": entry.after_gate, **entry.settings}
     expected = entry.run(tgate_fx.gate(entry.make(), **settings))
