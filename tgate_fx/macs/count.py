@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -12,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..deepcache import find_deep_branch
+from ..families import family_of
 from ..roles import Kind, Role, Roles
 from ..schedule import Schedule
 from ..sites import Sites
@@ -40,6 +43,10 @@ class Cost(NamedTuple):
         """Both together."""
         return Cost(self.layers + other.layers, self.attention + other.attention)
 
+    def times(self, count: int) -> Cost:
+        """As many of it."""
+        return Cost(count * self.layers, count * self.attention)
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -49,7 +56,7 @@ class Generation:
         arch: a name in `ARCHITECTURES`.
         steps: evaluations of the denoiser.
         schedule: which phase each is in.
-        guided: whether the batch is [uncond, cond] before the gate.
+        guided: whether there are two guidance branches before the gate.
         branch: the deep branch that the schedule's ``deep_interval`` speaks of.
         size: latents per side; the model's own if None.
     """
@@ -73,9 +80,18 @@ def step_costs(generation: Generation) -> list[Cost]:
     costs = []
     for index in range(generation.steps):
         step = schedule.at(index)
-        rows = 2 if generation.guided and not (step.gated and schedule.one_branch) else 1
-        costs.append(phase_cost(generation.arch, step.roles, generation.branch, rows, generation.size))
+        branches = 2 if generation.guided and not (step.gated and schedule.one_branch) else 1
+        calls = min(branches, calls_of_a_step(generation.arch))
+        cost = phase_cost(generation.arch, step.roles, generation.branch, branches // calls, generation.size)
+        costs.append(cost.times(calls))
     return costs
+
+
+def calls_of_a_step(arch: str) -> int:
+    """Return how many calls a guided step has: one for each branch, or one for the batch of both."""
+    _, denoiser = _counted(arch, None)
+    family = family_of(type(denoiser))
+    return 1 if family is None else family.guidance.calls
 
 
 def image_cost(generation: Generation) -> Cost:
@@ -83,18 +99,26 @@ def image_cost(generation: Generation) -> Cost:
     return functools.reduce(Cost.plus, step_costs(generation))
 
 
-@functools.cache
 def phase_cost(arch: str, roles: Roles, branch: int | None, rows: int, size: int | None = None) -> Cost:
     """Return the cost of one step of a phase."""
+    return _run(arch, roles, branch, rows, size)[0]
+
+
+@functools.cache
+def _run(arch: str, roles: Roles, branch: int | None, rows: int, size: int | None) -> tuple[Cost, Cache]:
+    """Return the cost of one step of a phase, and what it captures."""
     sites, denoiser = _counted(arch, branch)
     inputs = ARCHITECTURES[arch].inputs(rows, size)
-    with torch.no_grad():
-        cache: Cache = EMPTY_CACHE
-        if Role.REUSE in roles:
-            cache = phase_function(sites, denoiser.forward, roles.capturing(), branch)(cache, (), inputs)[1]
-        with FlopCounterMode(display=False) as counter, _AttentionProducts() as products:
-            phase_function(sites, denoiser.forward, roles, branch)(cache, (), inputs)
-    return Cost(counter.get_total_flops() // 2, products.macs)
+    cache = _run(arch, roles.capturing(), branch, rows, size)[1] if Role.REUSE in roles else EMPTY_CACHE
+    phase = phase_function(sites, denoiser.forward, roles, branch)
+    with (
+        torch.no_grad(),
+        _autocast_on_meta(),
+        FlopCounterMode(display=False) as counter,
+        _AttentionProducts() as products,
+    ):
+        captured = phase(cache, (), inputs)[1]
+    return Cost(counter.get_total_flops() // 2, products.macs), captured
 
 
 class _AttentionProducts(TorchFunctionMode):
@@ -111,6 +135,21 @@ class _AttentionProducts(TorchFunctionMode):
         query, _, value = (*args, *[kwargs[name] for name in ("query", "key", "value")[len(args) :]])[:3]
         self.macs += query.numel() * value.shape[-2] + query.shape[:-1].numel() * value.shape[-2:].numel()
         return query.new_empty(*query.shape[:-1], value.shape[-1])
+
+
+@contextlib.contextmanager
+def _autocast_on_meta() -> Iterator[None]:
+    """Let models turn autocast off on the meta device, where it is never on, and where torch knows no such switch."""
+    autocast = torch.autocast
+
+    def allowed(device_type: str, *args: Any, **kwargs: Any) -> Any:
+        return contextlib.nullcontext() if device_type == "meta" else autocast(device_type, *args, **kwargs)
+
+    torch.autocast = allowed  # type: ignore[misc, assignment]
+    try:
+        yield
+    finally:
+        torch.autocast = autocast  # type: ignore[misc]
 
 
 @functools.cache
