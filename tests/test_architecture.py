@@ -32,7 +32,7 @@ pipeline warmup loaders
 artifact.private artifact.weights_file artifact.fingerprint artifact.manifest artifact.packaged
 artifact.save artifact.load
 tgate_fx
-macs.architecture macs.images macs.wan macs.videos macs.sounds macs.architectures macs.count macs.table
+macs.architecture macs.images macs.wan macs.videos macs.sounds macs.architectures macs.count macs.table macs.limits
 demo.scenes demo.grid demo demo.compare
 bench.machine bench.workload bench.openvino bench.contenders bench.worker bench.race bench.results
 bench.plots bench.tables

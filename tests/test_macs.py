@@ -11,12 +11,18 @@ import pytest
 import torch
 
 from tests.conftest import run
+from tgate_fx.errors import ArgumentError
+from tgate_fx.families import FAMILIES
 from tgate_fx.macs import count as macs
 from tgate_fx.macs.architectures import ARCHITECTURES, Architecture
-from tgate_fx.macs.count import Cost, Generation, image_cost, parameters, phase_cost, step_costs
+from tgate_fx.macs.count import Cost, Generation, calls_of_a_step, image_cost, parameters, phase_cost, step_costs
+from tgate_fx.macs.limits import limit_row
+from tgate_fx.macs.limits import show as show_limits
 from tgate_fx.macs.table import PUBLISHED, published_rows, show
 from tgate_fx.roles import Role, Roles
 from tgate_fx.schedule import Schedule
+
+LIMITS = Path(__file__).parent.parent / "benchmarks" / "results" / "macs-limits.json"
 
 
 @pytest.fixture(scope="module")
@@ -57,18 +63,75 @@ def test_limits(arch: str, gate: int, limit: float) -> None:
     assert plain.total / gated.total == pytest.approx(limit, abs=0.0006)
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+EXACT = {
+    "demo": (9_064_612, 8_268_772),
+    "sd15": (859_520_964, 815_558_404),
+    "sd21": (865_910_724, 815_558_404),
+    "sdxl": (2_567_463_684, 2_021_793_284),
+    "sdxl-lcm": (2_567_545_604, 2_021_875_204),
+    "pixart-alpha": (611_349_152, 462_584_480),
+    "pixart-sigma": (610_856_096, 462_091_424),
+}
+
+
+@pytest.mark.parametrize("arch", EXACT)
 def test_parameters_are_those_of_the_published_models(arch: str) -> None:
-    expected = {
-        "demo": (9_064_612, 8_268_772),
-        "sd15": (859_520_964, 815_558_404),
-        "sd21": (865_910_724, 815_558_404),
-        "sdxl": (2_567_463_684, 2_021_793_284),
-        "sdxl-lcm": (2_567_545_604, 2_021_875_204),
-        "pixart-alpha": (611_349_152, 462_584_480),
-        "pixart-sigma": (610_856_096, 462_091_424),
-    }
-    assert parameters(arch) == expected[arch]
+    assert parameters(arch) == EXACT[arch]
+
+
+# Parameters of the denoiser in billions as they are published, and by how much of that the count may differ: by what
+# was rounded away, if nothing else is said. A number of GB is the size of a file of weights on the Hugging Face Hub,
+# divided by the bytes of a parameter. The rest is what makers say in their papers and on their models' pages.
+PUBLISHED_PARAMETERS = {
+    "sana": (1.6, 0.01),
+    "sana-sprint": (1.6, 0.01),
+    "hunyuandit": (1.5, 0.01),
+    "kandinsky3": (3.0, 0.02),
+    # Its file has the weights of the queries once for both attentions of a block.
+    "lumina-next": (6.51 / 4 + 24 * 2304**2 / 1e9, 0.001),
+    "dreamlite": (0.39, 0.01),
+    "sd-x4-upscaler": (3.53 / 4 - 0.354 - 0.055, 0.01),  # without the text encoder and the VAE of the same file
+    "wan-1.3b": (5.68 / 4, 0.002),
+    "wan-14b": (28.6 / 2, 0.002),
+    "wan-i2v-14b": (32.8 / 2, 0.002),
+    "wan-5b": (10 / 2, 0.01),
+    "wan-vace-14b": (34.7 / 2, 0.002),
+    "wan-animate-14b": (69.1 / 4, 0.001),
+    "skyreels-14b": (14, 0.03),
+    "chronoedit-14b": (32.8 / 2, 0.002),  # Wan's, of which it is made
+    "helios-14b": (14, 0.03),
+    "anyflow-1.3b": (5.68 / 4, 0.003),  # Wan's, of which it is made, with a second embedding of the time
+    "ltx-2b": (2, 0.04),
+    "ltx-2": (19, 0.01),
+    "sana-video": (2, 0.03),
+    "sana-wm": (2.6, 0.03),
+    "cosmos1-7b": (7, 0.04),
+    "cosmos2-2b": (2, 0.03),
+    "kandinsky5-lite": (2, 0.01),
+    "kandinsky6-pro": (56 * 2**30 / 2e9, 0.005),
+    "latte": (4.23 / 4, 0.002),
+    "allegro": (2.8, 0.02),
+    "animatediff": (0.8595 + 0.417, 0.002),  # SD-1.5 and the module of motion
+    "modelscope": (5.65 / 4, 0.002),
+    "i2vgen-xl": (5.68 / 4, 0.002),
+    "svd": (1.521, 0.005),
+    "stable-audio-open": (1.057, 0.001),
+    "stable-audio-3": (1.4, 0.04),
+    "audioldm2": (0.346, 0.005),
+    "ace-step": (2, 0.22),  # counted with the encoders of text, lyrics and timbre
+    "longcat-audio": (1, 0.02),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", sorted(set(ARCHITECTURES) - set(EXACT)))
+def test_parameters_are_about_those_of_the_published_models(arch: str) -> None:
+    published, tolerance = PUBLISHED_PARAMETERS[arch]
+    assert parameters(arch)[0] / 1e9 == pytest.approx(published, rel=tolerance)
+
+
+def test_every_denoiser_class_has_an_architecture() -> None:
+    assert {architecture.cls for architecture in ARCHITECTURES.values()} == set(FAMILIES)
 
 
 def small(monkeypatch: pytest.MonkeyPatch) -> str:
@@ -112,6 +175,49 @@ def test_steps_follow_the_schedule_and_guidance(monkeypatch: pytest.MonkeyPatch)
     assert step_costs(Generation(arch, 3, Schedule(1), guided=False)) == [live, cached, cached]
     both = phase_cost(arch, Roles(Role.REUSE), None, 2)
     assert step_costs(Generation(arch, 2, Schedule(1, after_gate="both"))) == [twice, both]
+
+
+def small_video(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a model of videos with one block, whose guidance is two calls a step."""
+    config = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "in_channels": 4,
+        "out_channels": 4,
+        "text_dim": 16,
+        "freq_dim": 32,
+        "ffn_dim": 40,
+        "num_layers": 1,
+        "rope_max_seq_len": 32,
+    }
+    architecture = Architecture("small", "WanTransformer3DModel", config, 7, 16, latents=(4, 3, 8, 8))
+    monkeypatch.setitem(macs.ARCHITECTURES, "small-video", architecture)
+    return "small-video"
+
+
+def test_a_video_model_s_figures_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    arch = small_video(monkeypatch)
+    tokens, width, text = 3 * 4 * 4, 24, 7
+    patches = 2 * tokens * (4 * 2 * 2) * width  # in and out
+    time = 32 * width + width * width + width * 6 * width
+    texts = text * (16 * width + width * width)
+    block = 4 * tokens * width * width + 2 * tokens * width * 40  # self-attention and feed-forward
+    cross = Cost(2 * tokens * width * width + 2 * text * width * width, 2 * tokens * text * width)
+    cached = Cost(patches + time + texts + block, 2 * tokens * tokens * width)
+    assert phase_cost(arch, Roles(Role.REUSE), None, 1) == cached
+    assert phase_cost(arch, Roles(Role.CAPTURE), None, 1) == cached.plus(cross)
+    assert calls_of_a_step(arch) == 2
+    twice = cached.plus(cross).times(2)
+    assert step_costs(Generation(arch, 5, Schedule(0.4))) == [twice, twice, cached, cached, cached]
+    row = limit_row(arch)
+    assert row["cross_attention"] == cross.total / cached.plus(cross).total
+    assert row["limit"] == pytest.approx(5 * twice.total / (2 * twice.total + 3 * cached.total))
+
+
+def test_a_video_is_counted_in_its_own_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    arch = small_video(monkeypatch)
+    with pytest.raises(ArgumentError, match=r"size=8 was given for small: .* 4×3×8×8\."):
+        step_costs(Generation(arch, 1, Schedule(None), size=8))
 
 
 def test_the_small_model_runs_on_its_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,6 +287,53 @@ def test_without_a_gated_step_all_parameters_are_read(tmp_path: Path, monkeypatc
         assert all({"model", "macs", "params", "page_macs", "page_params"} <= row.keys() for row in rows)
 
 
+def test_the_command_counts_limits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "limits.json"
+    assert run(monkeypatch, "macs", "--limits", "--arch", "sd15", "--json", out) == 0
+    said = capsys.readouterr().out
+    assert "UNet2DConditionModel" in said
+    assert "1.453x" in said  # as above: a gate at 10 of 25 steps
+    written = json.loads(out.read_text())
+    assert written == {
+        "versions": written["versions"],
+        "gate": 0.4,
+        "steps": 25,
+        "models": [limit_row("sd15")],
+    }
+    assert set(written["versions"]) == {"torch", "diffusers", "tgate_fx"}
+
+
+def test_limits_fit_into_80_columns_a_line_each(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    rows = [
+        {"model": architecture.title, "denoiser": architecture.cls, "guided": architecture.guided}
+        | {"parameters": 14.3e9, "cross_attention": 0.123, "limit": 1.453}
+        for architecture in ARCHITECTURES.values()
+    ]
+    show_limits(rows)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert all(line.startswith(f"{row['model']} ") for line, row in zip(lines[2:-2], rows, strict=True))
+    assert all(line.endswith("14.30G 12.3% 1.453x") for line in lines[2:-2])
+
+
+def test_committed_limits_are_of_all_models() -> None:
+    models = json.loads(LIMITS.read_text())["models"]
+    assert [row["arch"] for row in models] == list(ARCHITECTURES)
+    assert next(row for row in models if row["arch"] == "sd15") == limit_row("sd15")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_committed_limits_are_those_counted(arch: str) -> None:
+    models = json.loads(LIMITS.read_text())["models"]
+    assert next(row for row in models if row["arch"] == arch) == limit_row(arch)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -190,6 +343,7 @@ def test_without_a_gated_step_all_parameters_are_read(tmp_path: Path, monkeypatc
         (("--arch", "pixart-alpha", "--deepcache", "3", "1"), "expected a UNet for DeepCache"),
         (("--arch", "sd15", "--deepcache", "0", "1"), "interval=0"),
         (("--arch", "sd15", "--deepcache", "3", "-1"), "branch=-1"),
+        (("--arch", "wan-1.3b", "--size", "64"), "size=64 was given for Wan 2.1 1.3B, 480p"),
         (("--json", "no/such/folder/x.json"), "there is no folder"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -15,6 +16,9 @@ from .options import GateStep, OutFile
 
 @click.command()
 @click.option("--arch", type=click.Choice(list(ARCHITECTURES)), help="Count one schedule of this model instead.")
+@click.option(
+    "--limits", "count_limits", is_flag=True, help="Count the most that a gate at 40% of the steps gains, by model."
+)
 @click.option("--steps", type=click.IntRange(min=1), default=25, show_default=True, help="Steps of an image.")
 @click.option("--gate-step", type=GateStep(), default=10, show_default=True, help="First gated step, or none.")
 @click.option("--sp-interval", default=1, show_default=True, help="Of self-attention, before the gate.")
@@ -27,6 +31,7 @@ from .options import GateStep, OutFile
 @click.option("--json", "json_out", type=OutFile(), help="Write the rows to this file too.")
 def macs(
     arch: str | None,
+    count_limits: bool,
     steps: int,
     gate_step: int | float | None,
     sp_interval: int,
@@ -40,18 +45,25 @@ def macs(
 ) -> None:
     """Count multiply-adds and parameters, without weights: T-GATE's published table, or one schedule of one model.
 
-    With --arch the other options say what is counted: a step of each phase, and the whole image.
+    With --arch the other options say what is counted: a step of each phase, and the whole image. With --limits it is
+    the most that a gate can gain with every model, or with that one.
     """
+    from ..macs import limits as macs_limits
     from ..macs import table as macs_table
     from ..macs.count import Generation
 
-    if arch is None:
+    rows: Any
+    if count_limits:
+        rows = macs_limits.limits(ARCHITECTURES if arch is None else [arch])
+        macs_limits.show(rows["models"])
+    elif arch is None:
         rows = macs_table.published_rows()
+        macs_table.show(rows)
     else:
         deep = None if deepcache is None else DeepCache(*deepcache)
         interval, branch = (None, None) if deep is None else (deep.interval, deep.branch)
         schedule = Schedule(gate_step, sp_interval, fi_interval, warm_up, interval, after_gate)
         rows = macs_table.schedule_rows(Generation(arch, steps, schedule, guided, branch, size))
-    macs_table.show(rows)
+        macs_table.show(rows)
     if json_out is not None:
         json_out.write_text(json.dumps(rows, indent=1) + "\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -48,11 +47,8 @@ class Architecture:
         """Return the denoiser, with weights that are random or, on the meta device, none."""
         import diffusers
 
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of diffusers, about what it imports itself
-            cls = getattr(diffusers, self.cls)
         with torch.device(device):
-            denoiser: nn.Module = cls(**self.config)
+            denoiser: nn.Module = getattr(diffusers, self.cls)(**self.config)
         if device == "meta":
             nn.Module.to(denoiser, device)  # tables that were made of numpy's arrays
         return denoiser.eval().requires_grad_(False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -112,11 +113,13 @@ def _run(arch: str, roles: Roles, branch: int | None, rows: int, size: int | Non
     cache = _run(arch, roles.capturing(), branch, rows, size)[1] if Role.REUSE in roles else EMPTY_CACHE
     phase = phase_function(sites, denoiser.forward, roles, branch)
     with (
+        warnings.catch_warnings(),
         torch.no_grad(),
         _autocast_on_meta(),
         FlopCounterMode(display=False) as counter,
         _AttentionProducts() as products,
     ):
+        warnings.simplefilter("ignore", FutureWarning)  # diffusers' models warn of outputs that they make themselves
         captured = phase(cache, (), inputs)[1]
     return Cost(counter.get_total_flops() // 2, products.macs), captured
 

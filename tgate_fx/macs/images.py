@@ -162,7 +162,9 @@ IMAGES = {
         1024,
     ),
     "sdxl": Architecture("SDXL", _UNET, _SDXL, 77, 2048, _sdxl_inputs),
-    "sdxl-lcm": Architecture("LCM SDXL", _UNET, {**_SDXL, "time_cond_proj_dim": 256}, 77, 2048, _sdxl_lcm_inputs),
+    "sdxl-lcm": Architecture(
+        "LCM SDXL", _UNET, {**_SDXL, "time_cond_proj_dim": 256}, 77, 2048, _sdxl_lcm_inputs, guided=False
+    ),
     "pixart-alpha": Architecture(
         "PixArt-alpha", _PIXART_CLASS, {**_PIXART, "use_additional_conditions": True}, 120, 4096, _pixart_alpha_inputs
     ),
