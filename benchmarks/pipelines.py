@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import pkgutil
+import sys
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,14 +30,23 @@ LIMITS = Path(__file__).parent / "results" / "macs-limits.json"
 
 _ATTRIBUTES = ("unet", "transformer", "transformer_2", "image_unet", "decoder", "prior")
 
-# UNets whose attention has text and image in one softmax, by the beginning of their pipelines' names.
+# UNets that are not like Stable Diffusion's, by the beginning of their pipelines' names: text and image in one softmax,
+# or text that enters with the time.
 _JOINT_UNET = {
     "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
     "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
     "up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
     "block_out_channels": (64, 64),
 }
-_JOINT_UNETS = ("IF", "Kandinsky", "UnCLIP")
+_CLASS_UNET = {
+    "class_embed_type": "simple_projection",
+    "projection_class_embeddings_input_dim": 512,
+    "class_embeddings_concat": True,
+}
+_UNETS = {
+    **dict.fromkeys(("IF", "Kandinsky", "UnCLIP"), _JOINT_UNET),
+    **dict.fromkeys(("AudioLDM", "MusicLDM"), _CLASS_UNET),
+}
 
 # What a class needs besides its defaults to be made at all.
 _CONFIGS: dict[str, dict[str, Any]] = {
@@ -68,6 +79,8 @@ class Row:
         status: "tested", "gated" or "refused".
         reason: why it is refused.
         calls: how often it calls its denoiser in a guided step.
+        guided: whether it guides, with two branches.
+        whole: whether all of its branches, of which it has more than two, go on after the gate.
     """
 
     pipeline: str
@@ -75,6 +88,8 @@ class Row:
     status: str
     reason: str = ""
     calls: int | None = None
+    guided: bool = True
+    whole: bool = False
 
 
 def pipelines() -> dict[str, type[Any]]:
@@ -111,11 +126,16 @@ def rows() -> list[Row]:
         classes = denoisers(pipeline)
         if name in tested:
             entry = tested[name]
-            cls = classes[entry.denoisers[0]].__name__
-            result.append(Row(name, cls, "tested", calls=2 if entry.form == "calls" else 1))
+            result.append(_of_entry(name, classes[entry.denoisers[0]].__name__, entry))
         elif classes:
             result.append(_asked(name, pipeline, classes))
     return result
+
+
+def _of_entry(name: str, denoiser: str, entry: zoo.Entry) -> Row:
+    whole = entry.form == "whole"
+    guided = not whole and entry.form != "none"
+    return Row(name, denoiser, "tested", calls=2 if entry.form == "calls" else 1, guided=guided, whole=whole)
 
 
 def _asked(name: str, pipeline: type[Any], classes: dict[str, type[nn.Module]]) -> Row:
@@ -126,8 +146,8 @@ def _asked(name: str, pipeline: type[Any], classes: dict[str, type[nn.Module]]) 
     pipe = pipeline.__new__(pipeline)
     for attribute, denoiser in classes.items():
         config = _CONFIGS.get(denoiser.__name__, {})
-        if denoiser is diffusers.UNet2DConditionModel and name.startswith(_JOINT_UNETS):
-            config = _JOINT_UNET
+        if denoiser is diffusers.UNet2DConditionModel:
+            config = next((unet for prefix, unet in _UNETS.items() if name.startswith(prefix)), config)
         with torch.device("meta"):
             vars(pipe)[attribute] = denoiser(**config)
     try:
@@ -139,6 +159,58 @@ def _asked(name: str, pipeline: type[Any], classes: dict[str, type[nn.Module]]) 
     return Row(name, cls, "gated", calls=calls)
 
 
+def models() -> dict[tuple[str, bool], dict[str, Any]]:
+    """Return what was counted of the first model of each denoiser class, guided and not; of SDXL under that name."""
+    counted = [model for model in json.loads(LIMITS.read_text())["models"] if model["arch"] != "demo"]
+    found = {(model["denoiser"], model["guided"]): model for model in reversed(counted)}
+    return found | {("SDXL", model["guided"]): model for model in counted if model["arch"] in ("sdxl", "sdxl-lcm")}
+
+
+def limit(row: Row, counted: dict[tuple[str, bool], dict[str, Any]]) -> str:
+    """Return the most that a gate at 40% of the steps gains, and with which model; "-" if none was counted."""
+    xl = row.denoiser == "UNet2DConditionModel" and ("XL" in row.pipeline or "Kolors" in row.pipeline)
+    model = None if row.whole else counted.get(("SDXL" if xl else row.denoiser, row.guided))
+    return "-" if model is None else f"{model['limit']:.2f}x ({model['model']})"
+
+
+# The figures of these denoisers hold for such calls.
+_ONLY = {"LTX2VideoTransformer3DModel": "stg_scale=0, modality_scale=1"}
+
+
+_HEAD = """\
+# Pipelines
+
+Of the {every} pipelines of diffusers {version} that have a denoiser, {tested} are gated and tested against an oracle
+that is not of this package. {more} more are gated, since their denoiser and the way in which guidance reaches it are
+those of tested ones. The others are refused, mostly for joint attention.
+
+*Calls*: how often a guided step calls the denoiser. *Most*: what a gate at 40% of the steps can gain at most, in
+multiply-adds, with a well-known model of that denoiser class (`tgate-fx macs --limits`); none is given where all
+branches of guidance go on, with `after_gate="both"`.
+
+`python -m benchmarks.pipelines docs/pipelines.md` writes this page.
+
+## Gated
+
+| pipeline | denoiser | tested | calls | most |
+| --- | --- | --- | --- | --- |"""
+
+
+def page() -> str:
+    """Return docs/pipelines.md."""
+    every = rows()
+    counted = models()
+    gated = [row for row in every if row.status != "refused"]
+    tested = sum(row.status == "tested" for row in gated)
+    lines = [_HEAD.format(every=len(every), version=diffusers.__version__, tested=tested, more=len(gated) - tested)]
+    for row in gated:
+        said = "yes" if row.status == "tested" else "its denoiser"
+        said += ', `after_gate="both"`' if row.whole else f", `{_ONLY[row.denoiser]}`" if row.denoiser in _ONLY else ""
+        lines.append(f"| {row.pipeline} | {row.denoiser} | {said} | {row.calls} | {limit(row, counted)} |")
+    lines += ["", "## Refused", "", "| pipeline | why |", "| --- | --- |"]
+    lines += [f"| {row.pipeline} | {row.reason} |" for row in every if row.status == "refused"]
+    return "\n".join([*lines, ""])
+
+
 if __name__ == "__main__":
-    for row in rows():
-        print(row)
+    Path(sys.argv[1]).write_text(page())

@@ -62,7 +62,8 @@ def gate(
         after_gate: which guidance branch goes on after the gate. "negative" or "positive": that branch alone, with the
             mean of both branches' outputs as its cache; they differ only where the conditioning reaches the denoiser
             in another way than by cross-attention, as in SDXL. "both": the whole batch with a cache for each branch,
-            and guidance goes on. None is upstream's rule: "positive" for Stable Video Diffusion, else "negative".
+            and guidance goes on. None is upstream's rule where it has one ("positive" for Stable Video Diffusion,
+            "negative" for other Stable Diffusion and PixArt), and "positive" for all others.
 
     Returns:
         The same pipeline object.
