@@ -95,7 +95,7 @@ def video_to_video() -> dict[str, Any]:
 
 
 def image_to_video() -> dict[str, Any]:
-    return text_to_video(image=noise(1, 3, 16, 16, seed=5, scale=0.3))
+    return text_to_video(image=noise(1, 3, 16, 16, seed=5, scale=0.3).sigmoid())
 
 
 def controlled() -> dict[str, Any]:

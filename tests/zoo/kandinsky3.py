@@ -72,7 +72,7 @@ ENTRIES = [
     Entry(
         "Kandinsky3Img2ImgPipeline",
         lambda: pipeline("Kandinsky3Img2ImgPipeline"),
-        lambda: inputs(image=noise(1, 3, 16, 16, seed=6), strength=1.0),
+        lambda: inputs(image=noise(1, 3, 16, 16, seed=6).sigmoid(), strength=1.0),
         **UNET,
     ),
 ]

@@ -8,7 +8,7 @@ from diffusers import DDPMScheduler
 
 from tests import tiny
 
-from . import Entry, noise
+from . import Entry, noise, seeded
 from .controlnet import SDXL, UNET, WIDTH, inputs, pipeline, pooled
 from .sd_variants import one_image, unet
 
@@ -20,6 +20,7 @@ def upscale() -> Any:
         unet=unet(in_channels=7, num_class_embeds=100, only_cross_attention=True),
         low_res_scheduler=DDPMScheduler(),
         max_noise_level=99,
+        vae=seeded(lambda: tiny.vae(scaling_factor=0.08333)),
     )
 
 
