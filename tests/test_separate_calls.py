@@ -231,3 +231,37 @@ def test_calls_may_be_given_timesteps_of_their_own(off_at: int | None) -> None:
     assert [step.calls for step in steps] == [2 if index < min(guided, GATE) else 1 for index in range(4)]
     assert torch.isfinite(got).all()
     assert relative_error(got, plain) > 1e-3
+
+
+class OneCall(WanPipeline):
+    """Guides in one batch, as no pipeline of this denoiser does."""
+
+    def __call__(self, num_inference_steps: int = 4, guidance_scale: float = 4.0) -> Any:
+        self._guidance_scale = guidance_scale
+        self.scheduler.set_timesteps(num_inference_steps)
+        latents = wan.noise(1, 16, 2, 2, 2, seed=5)
+        text = torch.cat([wan.noise(1, 16, 32, seed=2), wan.noise(1, 16, 32, seed=1)])
+        for timestep in self.scheduler.timesteps:
+            both = torch.cat([latents, latents])
+            output = self.transformer(both, timestep.expand(2), text, return_dict=False)[0]
+            negative, positive = output.chunk(2)
+            output = negative + guidance_scale * (positive - negative)
+            latents = self.scheduler.step(output, timestep, latents, return_dict=False)[0]
+        return latents
+
+
+@torch.no_grad()
+def test_guidance_in_one_call_is_refused_before_the_gate() -> None:
+    plain = wan.text_to_video()
+    pipe = OneCall(**plain.components)
+    expected = pipe()
+    for gate in (1, 2):
+        tgate_fx.gate(pipe, gate)
+        with pytest.raises(tgate_fx.UnsupportedError, match=r"called once in the first step: expected one call for"):
+            pipe()
+        assert len(tgate_fx.report(pipe).steps) == 1
+        tgate_fx.restore(pipe)
+    tgate_fx.gate(pipe, GATE, after_gate="both")
+    assert relative_error(pipe(), expected) > 1e-4
+    with tgate_fx.disabled(pipe):
+        assert torch.equal(pipe(), expected)

@@ -11,6 +11,7 @@ import tgate_fx
 from tests import tiny
 from tests.conftest import CountingBackend
 from tests.test_refusals import says
+from tests.zoo import wan
 
 SETTINGS = [
     pytest.param("sd-small", {"gate_step": 0.4}, marks=pytest.mark.slow),
@@ -47,6 +48,16 @@ def test_as_many_steps_as_a_low_strength_takes(family: str, backend: CountingBac
     report = tgate_fx.warmup(pipe, **{**tiny.inputs(family), "strength": 0.1})
     assert len(report.steps) == 2
     assert report.compiled_graphs == len(backend.graphs) == 2
+
+
+def test_both_denoisers_are_reached(backend: CountingBackend) -> None:
+    entry = next(entry for entry in wan.ENTRIES if entry.pipeline == "WanPipeline 2.2 14B")
+    pipe = tgate_fx.compile(entry.make(), gate_step=0.5, backend=backend)
+    call = entry.inputs()
+    del call["num_inference_steps"]
+    assert tgate_fx.warmup(pipe, **call).compiled_graphs == len(backend.graphs) == 4
+    with torch.compiler.set_stance("fail_on_recompile"):
+        entry.run(pipe)
 
 
 def test_the_size_and_the_batch_can_be_given(backend: CountingBackend) -> None:

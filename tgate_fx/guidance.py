@@ -131,6 +131,14 @@ class GuidanceForm(abc.ABC):
         """
 
     @abc.abstractmethod
+    def check_complete(self) -> None:
+        """See, when the step after the first one of a guided generation begins, that every branch came.
+
+        Raises:
+            UnsupportedError: one did not.
+        """
+
+    @abc.abstractmethod
     def rows_kept(self, rows: int) -> int:
         """Return how many of a call's rows belong to the branch that goes on."""
 

@@ -85,6 +85,8 @@ class Run:
         index = self._steps.index
         if index == self._first and guided and self._steps.will_gate:
             self._guidance.check(inputs, latents)
+        elif index == self._first + 1 and call == 0 and guided and self._steps.will_gate:
+            self._guidance.check_complete()
         step = self.schedule.at(index)
         if guided and self._steps.will_gate and not step.gated:
             self._check_rows(latents.shape[0])

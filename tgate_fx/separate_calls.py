@@ -44,6 +44,14 @@ class SeparateCalls(GuidanceForm):
             own = [torch.where(self._conditioned == 0, latents, 0) for latents in own]
         return torch.equal(*own)
 
+    def check_complete(self) -> None:
+        """See that there was a second call; see `GuidanceForm.check_complete`."""
+        if self._latents is not None and self._branch != "both":
+            raise UnsupportedError(
+                f"Guidance is on, but the {type(self._denoiser).__name__} was called once in the first step: expected "
+                "one call for each branch. Use gate_step=None, or guidance off."
+            )
+
     def rows_kept(self, rows: int) -> int:
         """Return all of them."""
         return rows
