@@ -163,10 +163,10 @@ def test_intervals_without_self_attention() -> None:
 
 def test_sites_of_a_pipeline_that_is_not_tested() -> None:
     with torch.device("meta"):
-        denoiser = diffusers.models.UNetControlNetXSModel()
-    pipe = SimpleNamespace(unet=denoiser)
+        denoiser = diffusers.AnyFlowFARTransformer3DModel()
+    pipe = SimpleNamespace(transformer=denoiser)
     assert len(tgate_fx.sites(pipe)) == len(tgate_fx.sites(denoiser)) > 0
-    with pytest.raises(tgate_fx.UnsupportedError, match=says("unet is a UNetControlNetXSModel", "split")):
+    with pytest.raises(tgate_fx.UnsupportedError, match=says("transformer is a AnyFlowFARTransformer3DModel", "split")):
         tgate_fx.gate(pipe)
 
 

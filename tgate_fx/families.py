@@ -70,6 +70,9 @@ FAMILIES = {
             shared=_MASKS,
         )
     ),
+    "UNetControlNetXSModel": Family(
+        Rows(frozenset((*_UNET, "class_labels", "text_embeds", "time_ids", "controlnet_cond"))), after_gate="positive"
+    ),
     # The text also makes the embedding of the time, so that every step reads it.
     "Kandinsky3UNet": Family(Rows(frozenset(("sample", *_TEXT))), text=(), after_gate="positive"),
     "DreamLiteUNetModel": Family(Rows(frozenset((*_UNET, "time_ids"))), after_gate="positive"),
