@@ -166,7 +166,7 @@ def _throw_midway(pipe: Any, case: _Case) -> None:
 
 
 def _addresses(pipe: Any) -> list[int]:
-    return [buffer.data_ptr() for buffer in pipe._tgate.cache.buffers()]
+    return [buffer.data_ptr() for each in pipe._tgate.networks for buffer in each.cache.buffers()]
 
 
 def _resident() -> int:

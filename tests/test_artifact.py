@@ -147,7 +147,6 @@ def test_packages_without_freezing_read_the_pipelines_own_weights(tmp_path: Path
     ("family", "settings", "phases"),
     [
         ("sdxl-small", {"after_gate": "both"}, 2),
-        ("pixart-alpha-256", {"sp_interval": 2, "fi_interval": 2}, 4),
         ("sd-small", {"deepcache": tgate_fx.DeepCache(interval=2, branch=0)}, 4),
     ],
 )

@@ -59,7 +59,7 @@ def test_graphs_are_freed_when_weights_change_and_all_else_when_the_pipeline_is_
         assert len(freezing.graphs) == graphs
         assert freezing.alive() == 2
     denoiser = weakref.ref(pipe.transformer)
-    buffers = [weakref.ref(buffer) for buffer in pipe._tgate.cache.buffers()]
+    buffers = [weakref.ref(buffer) for buffer in pipe._tgate.networks[0].cache.buffers()]
     assert buffers
     tgate_fx.restore(pipe)
     assert freezing.alive() == 0
