@@ -112,7 +112,8 @@ def soak(
         "largest_difference": largest,
         "recompiles": tgate_fx.report(pipe).compiled_graphs - graphs,
         "graphs": graphs,
-        "caches_moved": _addresses(pipe) != addresses,
+        # The first generation with a callback adds buffers, for a branch of its own.
+        "caches_moved": not set(addresses) <= set(_addresses(pipe)),
         "traced_growth_bytes": grown[0],
         "resident_growth_mib": grown[1],
     }

@@ -131,7 +131,9 @@ def test_parameters_are_about_those_of_the_published_models(arch: str) -> None:
 
 
 def test_every_denoiser_class_has_an_architecture() -> None:
-    assert {architecture.cls for architecture in ARCHITECTURES.values()} == set(FAMILIES)
+    counted = {architecture.cls for architecture in ARCHITECTURES.values()}
+    assert set(FAMILIES) - counted == {"UNetControlNetXSModel"}  # a UNet and its control, of many sizes
+    assert counted <= set(FAMILIES)
 
 
 def small(monkeypatch: pytest.MonkeyPatch) -> str:

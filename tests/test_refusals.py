@@ -314,9 +314,9 @@ def test_more_calls_than_steps(pipe: Any) -> None:
 
 def test_an_input_whose_rows_are_unknown(pipe: Any) -> None:
     tgate_fx.gate(pipe, 2)
-    boxes = {"gligen": {"boxes": torch.zeros(2, 1, 4)}}
-    with pytest.raises(tgate_fx.UnsupportedError, match=says("given boxes", "expected only", "after_gate='both'")):
-        pipe(**KWARGS, cross_attention_kwargs=boxes)
+    unknown = {"own": {"regions": torch.zeros(2, 1, 4)}}
+    with pytest.raises(tgate_fx.UnsupportedError, match=says("given regions", "expected only", "after_gate='both'")):
+        pipe(**KWARGS, cross_attention_kwargs=unknown)
 
 
 @pytest.mark.parametrize("change", ["batch", "guidance"])
