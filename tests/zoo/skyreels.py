@@ -7,6 +7,7 @@ from typing import Any
 from diffusers import (
     SkyReelsV2DiffusionForcingImageToVideoPipeline,
     SkyReelsV2DiffusionForcingPipeline,
+    SkyReelsV2DiffusionForcingVideoToVideoPipeline,
     SkyReelsV2ImageToVideoPipeline,
     SkyReelsV2Pipeline,
     SkyReelsV2Transformer3DModel,
@@ -78,5 +79,14 @@ ENTRIES = [
         lambda: pipeline(SkyReelsV2DiffusionForcingImageToVideoPipeline, transformer()),
         lambda: inputs(image=picture()),
         form="calls",
+    ),
+    Entry(
+        "SkyReelsV2DiffusionForcingVideoToVideoPipeline",
+        lambda: pipeline(SkyReelsV2DiffusionForcingVideoToVideoPipeline, transformer()),
+        lambda: inputs(
+            video=[picture(seed=seed) for seed in range(9)], num_frames=13, base_num_frames=9, overlap_history=5
+        ),
+        form="calls",
+        loop=STEPS,
     ),
 ]
