@@ -44,7 +44,21 @@ class RepeatedLoop(StableDiffusionPipeline):
         return latents
 
 
-@pytest.mark.parametrize("gate", [2, 0.5])
+class Windows(RepeatedLoop):
+    """Sets the timesteps anew for each loop, which leaves the last of them out, and says how many there are in all."""
+
+    @torch.no_grad()
+    def __call__(self) -> torch.Tensor:
+        latents, texts = torch.ones(1, 4, 8, 8), torch.randn(2, 1, 7, tiny.TEXT_WIDTH)
+        self._num_timesteps = 10
+        for text in texts:
+            self.scheduler.set_timesteps(5)
+            for t in self.scheduler.timesteps[:-1]:
+                latents = latents - 0.1 * self.unet(latents, t, encoder_hidden_states=text).sample
+        return latents
+
+
+@pytest.mark.parametrize("gate", tiny.slow_but((0.5,), (2, 0.5)))
 def test_each_loop_is_gated_anew(gate: float, backend: CountingBackend) -> None:
     one = tgate_fx.gate(tiny.make("sd-small"), gate_step=gate)
     small = tiny.latents(one, **CALL, height=16, width=16)
@@ -97,6 +111,14 @@ def test_loops_of_different_lengths() -> None:
     assert phases == ["pre-gate", "post-gate"] + ["pre-gate"] * 2 + ["post-gate"] * 2
 
 
+@pytest.mark.parametrize("gate", [2, 0.4])
+def test_a_loop_begins_when_timesteps_are_set_anew(gate: float) -> None:
+    pipe = tgate_fx.gate(Windows(**tiny.make("sd-small").components, requires_safety_checker=False), gate_step=gate)
+    pipe()
+    phases = [step.phase for step in tgate_fx.report(pipe).steps]
+    assert phases == (["pre-gate"] * 2 + ["post-gate"] * 2) * 2
+
+
 def test_a_loop_over_the_same_timesteps_begins_with_the_first_of_them() -> None:
     pipe = tgate_fx.gate(RepeatedLoop(**tiny.make("sd-small").components, requires_safety_checker=False), gate_step=2)
     pipe()
@@ -108,6 +130,6 @@ def test_a_loop_whose_begin_cannot_be_told_is_refused() -> None:
     pipe = RepeatedLoop(**tiny.make("sd-small").components, requires_safety_checker=False)
     expected = pipe(begin=1)
     tgate_fx.gate(pipe, gate_step=2)
-    with pytest.raises(tgate_fx.UnsupportedError, match="several times a step"):
+    with pytest.raises(tgate_fx.UnsupportedError, match="began step 4 of a loop of 4: expected as many steps"):
         pipe(begin=1)
     assert torch.equal(pipe(begin=1, gate_step=None), expected)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import operator
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -26,6 +27,7 @@ _OTHER_GUIDANCE = {
     "motion_field_strength_x": "attention across frames, which counts on the rows of both guidance branches",
     "max_iter_to_alter": "Attend-and-Excite, which changes the latents by the attention maps of every step",
     "cross_attention_guidance_amount": "guidance by the attention maps of every step",
+    "gligen_normalize_constant": "grounding by images, for which it calls the denoiser twice a step on both branches",
 }
 
 # And those which have more branches in one batch: it can be kept whole.
@@ -38,7 +40,7 @@ _MORE_BRANCHES = {
 
 
 class _Setting(NamedTuple):
-    """A keyword of a pipeline's call by which steps come to differ from the form in which its guidance arrives.
+    """A keyword of a pipeline's call by which steps come to differ from those that can be gated.
 
     Attributes:
         neutral: the value with which they do not.
@@ -46,8 +48,8 @@ class _Setting(NamedTuple):
         what: what the keyword does.
     """
 
-    neutral: float
-    differs: Callable[[Any, float], bool]
+    neutral: float | None
+    differs: Callable[[Any, Any], bool]
     what: str
 
 
@@ -55,12 +57,14 @@ _PERTURBED = _Setting(0.0, operator.gt, "calls the denoiser once more at every s
 _ISOLATED = _Setting(1.0, operator.gt, "calls the denoiser once more at every step, with video and sound kept apart")
 _SOME_STEPS = "guides at some of the steps only"
 
-# LTX 2, whose keywords for sound are those for the video if they are None or 0; ACE-Step.
+# LTX 2, whose keywords for sound are those for the video if they are None or 0; Kandinsky 6; ACE-Step.
 _SETTINGS = {
     "stg_scale": _PERTURBED,
     "audio_stg_scale": _PERTURBED,
     "modality_scale": _ISOLATED,
     "audio_modality_scale": _ISOLATED,
+    "video_tiles": _Setting(None, operator.is_not, "calls the denoiser once for each tile at every step"),
+    "sample_audio": _Setting(True, operator.ne, "leaves out the blocks for sound, whose cross-attention is cached too"),
     "cfg_interval_start": _Setting(0.0, operator.gt, _SOME_STEPS),
     "cfg_interval_end": _Setting(1.0, operator.lt, _SOME_STEPS),
     "audio_cover_strength": _Setting(1.0, operator.lt, "calls the denoiser once more at every step, without the cover"),
@@ -253,5 +257,5 @@ def _has_effect(pipe: Any, name: str, bound: Callable[[str], Any]) -> bool:
     return name != "audio_cover_strength" or bound("task_type") == "cover"
 
 
-def _listed(values: Mapping[str, float]) -> str:
-    return ", ".join(f"{name}={value!r}" for name, value in values.items())
+def _listed(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={reprlib.repr(value)}" for name, value in values.items())

@@ -9,8 +9,8 @@ import torch
 
 from .errors import StateError
 
-# The denoiser's first input.
-LATENTS = ("sample", "hidden_states")
+# The denoiser's first input; where latents are tokens, these are their identifiers.
+LATENTS = ("sample", "hidden_states", "input_ids")
 
 
 def latents_of(inputs: Mapping[str, Any]) -> tuple[str, torch.Tensor]:

@@ -16,8 +16,8 @@ class Rows:
     """The facts of a denoiser's inputs; the names of those within dictionaries are given too.
 
     Attributes:
-        batched: the names of the inputs whose rows are those of the batch, or a multiple of them; of lists and tuples,
-            this is said of every tensor in them.
+        batched: the names of the inputs whose rows are those of the batch, a multiple of them, or one for all; of lists
+            and tuples, this is said of every tensor in them.
         shared: the names of the tensors that serve every row.
         channels_dim: the dimension of the latents that has the channels; those beyond the ones that the denoiser
             predicts are conditioning.
@@ -67,6 +67,8 @@ class Rows:
                 f"only {', '.join(sorted(self.batched))} and timestep. Use after_gate='both', which keeps the whole "
                 "batch, or gate_step=None."
             )
+        if value.ndim > 0 and value.shape[0] == 1 < rows:  # one row serves all
+            return value
         if value.ndim == 0 or not value.shape[0] or value.shape[0] % rows:
             raise UnsupportedError(
                 f"The denoiser was given {name} of shape {list(value.shape)} beside {rows} rows of latents: expected "

@@ -63,19 +63,23 @@ class Steps:
     def begin(self, timestep: Any) -> None:
         """Begin a step; settle at the first of a loop where the gate is.
 
-        Once all steps of a loop have run, another begins if the scheduler's timesteps were set anew, or with the
-        timestep of the loop's first step.
+        Another begins if the scheduler's timesteps were set anew, or, once all steps of a loop have run, with the
+        timestep of its first step.
 
         Raises:
             UnsupportedError: there are more steps than the pipeline said.
         """
-        if self.begun == 0:
+        if self.begun == 0 or self._scheduled() is not self._timesteps:
             self._begin_loop(timestep)
         elif self._expected is not None and self.begun - self._loop_from >= self._expected:
-            if self._scheduled() is not self._timesteps or _latest(timestep) == _latest(self._first_timestep):
+            if _latest(timestep) == _latest(self._first_timestep):
                 self._begin_loop(timestep)
             elif self.schedule.caches:
-                self.refuse_call()
+                raise UnsupportedError(
+                    f"{type(self._pipe).__name__} began step {self.begun - self._loop_from} of a loop of "
+                    f"{self._expected}: expected as many steps as it said, each at a timestep of its own, or a new "
+                    "loop, from its first timestep on or after scheduler.set_timesteps. Use it with gate_step=None."
+                )
         self.begun += 1
 
     def _begin_loop(self, timestep: Any) -> None:
@@ -90,10 +94,10 @@ class Steps:
         return getattr(getattr(self._pipe, "scheduler", None), "timesteps", None)
 
     def refuse_call(self) -> None:
-        """Raise `UnsupportedError` for a call of the denoiser that is of no step."""
+        """Raise `UnsupportedError` for a call of the denoiser beyond those of its step."""
         raise UnsupportedError(
             f"{type(self._pipe).__name__} calls its denoiser several times a step: expected one call with the batch "
-            "[uncond, cond], or one for each branch, and as many steps as it said. Use it with gate_step=None."
+            "[uncond, cond], or one for each branch. Use it with gate_step=None."
         )
 
 
