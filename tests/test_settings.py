@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.pipelines.ltx2.dfr_layout import LTX2DFREpilogueTile
 
 import tgate_fx
 from tests.test_refusals import says
-from tests.zoo import ace_step, ltx2
+from tests.zoo import ace_step, kandinsky6, ltx2, ltx2_refined
 
+TILES = [LTX2DFREpilogueTile(slice(0, 4), slice(0, 4), slice(0, 4), torch.ones(4, 4, 4))]
 STG = {"spatio_temporal_guidance_blocks": [0]}
 CALLS = "calls the denoiser once more"
 
@@ -23,6 +25,18 @@ def audio(pipe: Any, **changes: Any) -> torch.Tensor:
     return torch.as_tensor(pipe(**ace_step.inputs(**changes)).audios)
 
 
+def silent(pipe: Any, **changes: Any) -> torch.Tensor:
+    return torch.as_tensor(pipe(**kandinsky6.inputs(**changes)).frames)
+
+
+def keyframes() -> Any:
+    return ltx2_refined.keyframes("LTX2DFRPipeline")
+
+
+def refined(pipe: Any, **changes: Any) -> torch.Tensor:
+    return torch.as_tensor(pipe(**ltx2_refined.without_guidance(**changes)).frames)
+
+
 @pytest.mark.parametrize(
     ("make", "generate", "given", "refusal"),
     [
@@ -30,6 +44,8 @@ def audio(pipe: Any, **changes: Any) -> torch.Tensor:
         (ltx2.newer, video, {"audio_stg_scale": 0.5, **STG}, ("audio_stg_scale=0.5", CALLS, "audio_stg_scale=0.0")),
         (ltx2.newer, video, {"modality_scale": 3.0}, ("modality_scale=3.0", CALLS, "expected modality_scale=1.0")),
         (ltx2.newer, video, {"audio_modality_scale": 2}, ("audio_modality_scale=2", CALLS, "audio_modality_scale=1.0")),
+        (keyframes, refined, {"video_tiles": TILES}, ("once for each tile", "expected video_tiles=None")),
+        (kandinsky6.make, silent, {"sample_audio": False}, ("the blocks for sound", "expected sample_audio=True")),
         (ace_step.make, audio, {"cfg_interval_start": 0.3}, ("some of the steps", "expected cfg_interval_start=0.0")),
         (ace_step.make, audio, {"cfg_interval_end": 0.5}, ("some of the steps", "expected cfg_interval_end=1.0")),
     ],

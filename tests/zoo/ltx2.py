@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import diffusers
@@ -50,7 +52,7 @@ def audio_vae() -> Any:
     return seeded(lambda: AutoencoderKLLTX2Audio(base_channels=4, ch_mult=(1,), latent_channels=2, mel_bins=8))
 
 
-def pipeline(name: str, **changes: Any) -> Any:
+def pipeline(name: str, config: Mapping[str, Any] = MappingProxyType({}), newer: bool = False, **parts: Any) -> Any:
     transformer = seeded(
         lambda: LTX2VideoTransformer3DModel(
             in_channels=CHANNELS,
@@ -66,7 +68,7 @@ def pipeline(name: str, **changes: Any) -> Any:
             vae_scale_factors=(2, 8, 8),
             num_layers=1,
             caption_channels=WIDTH,
-            **changes,
+            **config,
         )
     )
     own_widths = {"per_modality_projections": True, "video_hidden_dim": 24, "audio_hidden_dim": 16}
@@ -75,26 +77,29 @@ def pipeline(name: str, **changes: Any) -> Any:
             caption_channels=WIDTH,
             text_proj_in_factor=FACTOR,
             video_connector_num_attention_heads=2,
-            video_connector_attention_head_dim=12 if changes else 8,
+            video_connector_attention_head_dim=12 if newer else 8,
             video_connector_num_layers=1,
             video_connector_num_learnable_registers=4,
             audio_connector_num_attention_heads=2,
             audio_connector_attention_head_dim=8,
             audio_connector_num_layers=1,
             audio_connector_num_learnable_registers=4,
-            **(own_widths if changes else {}),
+            **(own_widths if newer else {}),
         )
     )
     return quiet(
         getattr(diffusers, name)(
-            scheduler=FlowMatchEulerDiscreteScheduler(),
-            vae=vae(),
-            audio_vae=audio_vae(),
-            text_encoder=None,
-            tokenizer=None,
-            connectors=connectors,
-            transformer=transformer,
-            vocoder=None,
+            **{
+                "scheduler": FlowMatchEulerDiscreteScheduler(),
+                "vae": vae(),
+                "audio_vae": audio_vae(),
+                "text_encoder": None,
+                "tokenizer": None,
+                "connectors": connectors,
+                "transformer": transformer,
+                "vocoder": None,
+                **parts,
+            }
         )
     )
 
@@ -103,12 +108,15 @@ def newer() -> Any:
     """LTX 2.3, in whose blocks the text is scaled by the step's sigma."""
     return pipeline(
         "LTX2Pipeline",
-        gated_attn=True,
-        cross_attn_mod=True,
-        audio_gated_attn=True,
-        audio_cross_attn_mod=True,
-        use_prompt_embeddings=False,
-        perturbed_attn=True,
+        {
+            "gated_attn": True,
+            "cross_attn_mod": True,
+            "audio_gated_attn": True,
+            "audio_cross_attn_mod": True,
+            "use_prompt_embeddings": False,
+            "perturbed_attn": True,
+        },
+        newer=True,
     )
 
 

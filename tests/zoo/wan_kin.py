@@ -50,10 +50,10 @@ def chronoedit(**parts: Any) -> Any:
     )
 
 
-def helios(cls: type[Any] = HeliosPipeline) -> Any:
+def helios(cls: type[Any] = HeliosPipeline, stage_range: tuple[float, ...] = (0, 1)) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # it gives numpy tensors
-        scheduler = HeliosScheduler(stages=1, stage_range=[0, 1], gamma=1 / 3)
+        scheduler = HeliosScheduler(stages=len(stage_range) - 1, stage_range=list(stage_range), gamma=0.3)
     return pipeline(
         cls,
         transformer=seeded(lambda: HeliosTransformer3DModel(in_channels=16, rope_dim=(4, 4, 4), **_CONFIG)),
@@ -65,9 +65,9 @@ def lucy_inputs() -> dict[str, Any]:
     return inputs(video=[picture(seed=seed) for seed in range(5)])
 
 
-def pyramid_inputs() -> dict[str, Any]:
-    given = inputs(num_frames=9, num_latent_frames_per_chunk=3, history_sizes=[4, 2, 1])
-    given["pyramid_num_inference_steps_list"] = [given.pop("num_inference_steps")]
+def pyramid_inputs(stages: int, **changes: Any) -> dict[str, Any]:
+    given = inputs(num_frames=9, num_latent_frames_per_chunk=3, history_sizes=[4, 2, 1], **changes)
+    given["pyramid_num_inference_steps_list"] = [given.pop("num_inference_steps")] * stages
     return given
 
 
@@ -107,12 +107,20 @@ ENTRIES = [
         form="calls",
         loop=STEPS,
     ),
-    # Further stages, which have latents of other sizes, are refused.
     Entry(
         "HeliosPyramidPipeline of one stage",
         lambda: helios(HeliosPyramidPipeline),
-        pyramid_inputs,
+        lambda: pyramid_inputs(1),
         form="calls",
         graphs=3,  # the first step's latents have other strides in their dimension of one row
+    ),
+    # Each stage is a loop, with latents of twice the size.
+    Entry(
+        "HeliosPyramidPipeline of two stages",
+        lambda: helios(HeliosPyramidPipeline, (0, 0.5, 1)),
+        lambda: pyramid_inputs(2, height=32, width=32),
+        form="calls",
+        loop=STEPS,
+        graphs=4,
     ),
 ]
