@@ -82,6 +82,12 @@ FAMILIES = {
         text=(*_TEXT, "encoder_hidden_states_1", "encoder_attention_mask_1"),
         after_gate="positive",
     ),
+    # Pooled, the text also joins the embedding of the image's size.
+    "UVit2DModel": Family(
+        Rows(frozenset(("input_ids", "encoder_hidden_states", "pooled_text_emb", "micro_conds"))),
+        text=("encoder_hidden_states",),
+        after_gate="positive",
+    ),
     "PixArtTransformer2DModel": Family(
         Rows(frozenset(("hidden_states", "attention_mask", *_TEXT, "resolution", "aspect_ratio"))),
         sizes_are_numbers=True,
