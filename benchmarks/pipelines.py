@@ -2,8 +2,9 @@
 
     python -m benchmarks.pipelines docs/pipelines.md
 
-A pipeline is *tested* if it is among the tiny pipelines of the tests (`tests.zoo`), which are compared with an oracle.
-Of every other one `tgate_fx.gate` is asked itself, with a denoiser of its class's default size, without weights.
+A pipeline is gated if it is among the tiny pipelines of the tests (`tests.zoo`), which are compared with an oracle.
+Every other one is given to `tgate_fx.gate`, with a denoiser of its class's default size, without weights: it has to be
+refused, or else the tests lack it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from torch import nn
 
 import tgate_fx
 from tests import zoo
-from tgate_fx.families import FAMILIES
 
 LIMITS = Path(__file__).parent / "results" / "macs-limits.json"
 
@@ -76,8 +76,7 @@ class Row:
     Attributes:
         pipeline: its class.
         denoiser: its denoiser's class.
-        status: "tested", "gated" or "refused".
-        reason: why it is refused.
+        refusal: why it is refused, if it is.
         calls: how often it calls its denoiser in a guided step.
         guided: whether it guides, with two branches.
         whole: whether all of its branches, of which it has more than two, go on after the gate.
@@ -85,9 +84,8 @@ class Row:
 
     pipeline: str
     denoiser: str
-    status: str
-    reason: str = ""
-    calls: int | None = None
+    refusal: str | None = None
+    calls: int = 1
     guided: bool = True
     whole: bool = False
 
@@ -128,21 +126,21 @@ def rows() -> list[Row]:
             entry = tested[name]
             result.append(_of_entry(name, classes[entry.denoisers[0]].__name__, entry))
         elif classes:
-            result.append(_asked(name, pipeline, classes))
+            result.append(_refused(name, pipeline, classes))
     return result
 
 
 def _of_entry(name: str, denoiser: str, entry: zoo.Entry) -> Row:
     whole = entry.form == "whole"
     guided = not whole and entry.form != "none"
-    return Row(name, denoiser, "tested", calls=2 if entry.form == "calls" else 1, guided=guided, whole=whole)
+    return Row(name, denoiser, calls=2 if entry.form == "calls" else 1, guided=guided, whole=whole)
 
 
-def _asked(name: str, pipeline: type[Any], classes: dict[str, type[nn.Module]]) -> Row:
-    """Return what `tgate_fx.gate` says of a pipeline that is not tested."""
+def _refused(name: str, pipeline: type[Any], classes: dict[str, type[nn.Module]]) -> Row:
+    """Return why `tgate_fx.gate` refuses a pipeline that is not tested."""
     cls = next(iter(classes.values())).__name__
     if cls in _JOINT:
-        return Row(name, cls, "refused", f"{cls} has joint attention")
+        return Row(name, cls, f"{cls} has joint attention")
     pipe = pipeline.__new__(pipeline)
     for attribute, denoiser in classes.items():
         config = _CONFIGS.get(denoiser.__name__, {})
@@ -153,10 +151,8 @@ def _asked(name: str, pipeline: type[Any], classes: dict[str, type[nn.Module]]) 
     try:
         tgate_fx.gate(pipe)
     except tgate_fx.TGateError as error:
-        return Row(name, cls, "refused", str(error).partition(": expected")[0])
-    calls = FAMILIES[cls].guidance.calls
-    tgate_fx.restore(pipe)
-    return Row(name, cls, "gated", calls=calls)
+        return Row(name, cls, str(error).partition(": expected")[0])
+    raise AssertionError(f"{name} is gated, but no entry of tests/zoo tests it.")
 
 
 def models() -> dict[tuple[str, bool], dict[str, Any]]:
@@ -173,26 +169,25 @@ def limit(row: Row, counted: dict[tuple[str, bool], dict[str, Any]]) -> str:
     return "-" if model is None else f"{model['limit']:.2f}x ({model['model']})"
 
 
-# The figures of these denoisers hold for such calls.
-_ONLY = {"LTX2VideoTransformer3DModel": "stg_scale=0, modality_scale=1"}
+# What calls of the pipelines of these denoisers have to give, if they guide.
+_WITH = {"LTX2VideoTransformer3DModel": "`stg_scale=0, modality_scale=1`"}
 
 
 _HEAD = """\
 # Pipelines
 
 Of the {every} pipelines of diffusers {version} that have a denoiser, {tested} are gated and tested against an oracle
-that is not of this package. {more} more are gated, since their denoiser and the way in which guidance reaches it are
-those of tested ones. The others are refused, mostly for joint attention.
+that is not of this package. The others are refused, mostly for joint attention.
 
-*Calls*: how often a guided step calls the denoiser. *Most*: what a gate at 40% of the steps can gain at most, in
-multiply-adds, with a well-known model of that denoiser class (`tgate-fx macs --limits`); none is given where all
-branches of guidance go on, with `after_gate="both"`.
+*With*: what has to be given besides. *Calls*: how often a guided step calls the denoiser. *Most*: what a gate at 40% of
+the steps can gain at most, in multiply-adds, with a well-known model of that denoiser class (`tgate-fx macs --limits`);
+none is given where all branches of guidance go on, with `after_gate="both"`.
 
 `python -m benchmarks.pipelines docs/pipelines.md` writes this page.
 
 ## Gated
 
-| pipeline | denoiser | tested | calls | most |
+| pipeline | denoiser | with | calls | most |
 | --- | --- | --- | --- | --- |"""
 
 
@@ -200,15 +195,13 @@ def page() -> str:
     """Return docs/pipelines.md."""
     every = rows()
     counted = models()
-    gated = [row for row in every if row.status != "refused"]
-    tested = sum(row.status == "tested" for row in gated)
-    lines = [_HEAD.format(every=len(every), version=diffusers.__version__, tested=tested, more=len(gated) - tested)]
+    gated = [row for row in every if row.refusal is None]
+    lines = [_HEAD.format(every=len(every), version=diffusers.__version__, tested=len(gated))]
     for row in gated:
-        said = "yes" if row.status == "tested" else "its denoiser"
-        said += ', `after_gate="both"`' if row.whole else f", `{_ONLY[row.denoiser]}`" if row.denoiser in _ONLY else ""
-        lines.append(f"| {row.pipeline} | {row.denoiser} | {said} | {row.calls} | {limit(row, counted)} |")
+        given = '`after_gate="both"`' if row.whole else _WITH.get(row.denoiser, "") if row.guided else ""
+        lines.append(f"| {row.pipeline} | {row.denoiser} | {given} | {row.calls} | {limit(row, counted)} |")
     lines += ["", "## Refused", "", "| pipeline | why |", "| --- | --- |"]
-    lines += [f"| {row.pipeline} | {row.reason} |" for row in every if row.status == "refused"]
+    lines += [f"| {row.pipeline} | {row.refusal} |" for row in every if row.refusal is not None]
     return "\n".join([*lines, ""])
 
 
