@@ -48,6 +48,7 @@ def test_transformers_have_no_deep_branch_and_no_callback() -> None:
     assert not [name for name in left if "deepcache" in name or "cutoff" in name]
 
 
+@pytest.mark.slow
 def test_the_ungated_run_of_compiled_contenders_captures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     outputs: list[int] = []
 

@@ -42,7 +42,7 @@ def input_names(graph: torch.fx.GraphModule) -> set[str]:
 @pytest.mark.parametrize(
     "family",
     # Stable Video Diffusion knows no text.
-    tiny.slow_but(("sd", "pixart-alpha"), [family for family in tiny.DISTINCT if family != "svd"]),
+    tiny.slow_but(("sd-small", "pixart-alpha"), ["sd-small", *[family for family in tiny.DISTINCT if family != "svd"]]),
 )
 def test_two_graphs_serve_three_generations_exactly_and_the_second_knows_no_text(
     family: str, backend: CountingBackend
@@ -93,6 +93,7 @@ def test_schedulers_with_other_timesteps_share_the_graphs(family: str, backend: 
     assert len(backend.graphs) == 2
 
 
+@pytest.mark.slow
 def test_a_new_shape_compiles_once_more_and_the_old_one_stays(backend: CountingBackend) -> None:
     pipe = compiled("sd-small", backend)
     eager = tgate_fx.gate(tiny.make("sd-small"), gate_step=2)
@@ -128,6 +129,7 @@ def test_a_new_dtype_compiles_once_more(backend: CountingBackend) -> None:
     assert single.dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_latents_keep_the_layout_that_a_form_was_compiled_with(backend: CountingBackend) -> None:
     """Image latents come channels-last from the VAE; others take that layout after the first step of such a model."""
     pipe = compiled("sd-small", backend)
@@ -395,6 +397,7 @@ def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
     return float((got - expected).abs().max() / expected.abs().max())
 
 
+@pytest.mark.slow
 @pytest.mark.inductor
 def test_inductor_agrees_with_eager_on_a_transformer_whose_weights_change(monkeypatch: pytest.MonkeyPatch) -> None:
     """Inductor freezes weights into its graphs; one that is written to, past its version counter even, is noticed."""

@@ -24,12 +24,11 @@ EVERY = [
         pytest.param(family, {}, marks=pytest.mark.slow if family not in _FIRST else ())
         for family in ("sd-small", *tiny.DISTINCT)
     ],
-    ("sd-small", _INTERVALS),
     ("sdxl-small", {"after_gate": "both"}),
     *[
         pytest.param(*setting, marks=pytest.mark.slow)
         for setting in (
-            *[(family, _INTERVALS) for family in ("sd", "sdxl", "pixart-alpha", "svd")],
+            *[(family, _INTERVALS) for family in ("sd-small", "sd", "sdxl", "pixart-alpha", "svd")],
             ("sd", {"deepcache": _DEEPCACHE}),
             ("sdxl", {"deepcache": _DEEPCACHE}),
             ("sdxl", {"after_gate": "positive"}),
@@ -66,6 +65,7 @@ def test_every_pipeline_gives_the_eager_result_under_replay(
     assert copies_of(replay, "timestep") > 0
 
 
+@pytest.mark.slow
 def test_two_shapes_taking_turns_keep_their_addresses(replay: ReplayBackend) -> None:
     pipe = compiled("sd-small", replay)
     eager = tgate_fx.gate(tiny.make("sd-small"), gate_step=3)

@@ -69,6 +69,7 @@ def test_graphs_are_freed_when_weights_change_and_all_else_when_the_pipeline_is_
     assert denoiser() is None
 
 
+@pytest.mark.slow
 @pytest.mark.inductor
 def test_inductors_modules_of_frozen_graphs_give_up_the_weights() -> None:
     codecache = pytest.importorskip("torch._inductor.codecache")

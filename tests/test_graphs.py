@@ -68,6 +68,7 @@ def test_every_phase_of_intervals_has_a_graph() -> None:
     assert not any("attn1" in name or "attn2" in name for name in graphs[names[3]].parameters)
 
 
+@pytest.mark.slow
 def test_a_shallow_phase_has_nothing_of_the_deep_branch() -> None:
     pipe = generated("sd", gate_step=4, deepcache=tgate_fx.DeepCache(2, 0))
     graphs = tgate_fx.graphs(pipe)
@@ -104,6 +105,7 @@ def test_parameters_are_the_denoiser_s_own() -> None:
         assert parameter is pipe.unet.get_parameter(name)
 
 
+@pytest.mark.slow
 def test_a_graph_that_is_not_what_it_claims_is_found_out() -> None:
     pre, post = tgate_fx.graphs(generated("sd")).values()
     lying = dataclasses.replace(pre, reused=post.reused)

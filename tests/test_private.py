@@ -168,7 +168,7 @@ def test_errors_of_torch_reach_the_user_as_they_are(take: Take, backend: Countin
         tiny.latents(pipe, **KWARGS)
 
 
-@pytest.mark.parametrize("gone", [False, True])
+@pytest.mark.parametrize("gone", tiny.slow_but((True,), (False, True)))
 def test_the_recompile_limit(gone: bool, take: Take, backend: CountingBackend) -> None:
     """A phase whose modules changed too often gets a new function; without the name, torch's own error is raised."""
     if gone:

@@ -28,7 +28,7 @@ def failing_callback(at: int, error: type[BaseException]) -> Any:
 
 
 @pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("error", tiny.slow_but((KeyboardInterrupt,), (RuntimeError, KeyboardInterrupt)))
 def test_an_error_in_a_callback_leaves_nothing_behind(how: str, error: type[BaseException]) -> None:
     pipe = getattr(tgate_fx, how)(tiny.make("sd-small"), gate_step=3, **HOW[how])
     expected = tiny.latents(reference.gate(tiny.make("sd-small"), 3, guided=True), **KWARGS)
@@ -75,7 +75,7 @@ def test_guidance_rescale_is_the_pipelines_own_between_generations() -> None:
     assert pipe.guidance_rescale == 0.7
 
 
-@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("how", tiny.slow_but(("gate",), HOW))
 def test_generations_from_two_threads_follow_one_another(how: str) -> None:
     pipe = getattr(tgate_fx, how)(tiny.make("sd-small"), gate_step=3, **HOW[how])
     seeds = range(6)
@@ -170,7 +170,7 @@ def test_the_cache_is_not_shared_between_generations_of_two_pipelines() -> None:
     assert torch.equal(tiny.latents(first, **KWARGS, callback_on_step_end=in_between), expected[0])
 
 
-@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("how", tiny.slow_but(("gate",), HOW))
 def test_inference_mode_and_plain_mode_alternate(how: str) -> None:
     pipe = getattr(tgate_fx, how)(tiny.make("sd-small"), gate_step=3, **HOW[how])
     with torch.inference_mode():

@@ -248,7 +248,8 @@ def test_freeu_works_on_a_deep_branch_s_tensor_once(family: str, branch: int) ->
         assert torch.equal(cache[2][0], kept)
 
 
-@pytest.mark.parametrize("stance", tiny.slow_but(("eager_on_recompile",), ("default", "eager_on_recompile")))
+@pytest.mark.slow
+@pytest.mark.parametrize("stance", ["default", "eager_on_recompile"])
 def test_freeu_and_deepcache_compiled(stance: str, backend: CountingBackend) -> None:
     kwargs = {**tiny.inputs("sd"), "num_inference_steps": 5}
     settings = {"gate_step": 3, "deepcache": tgate_fx.DeepCache(2, 3)}
@@ -312,7 +313,7 @@ def graph_names(graph: torch.fx.GraphModule) -> str:
         pytest.param("svd", names(SETTINGS[2]), 4, marks=pytest.mark.slow),
         pytest.param("sd", {"gate_step": 6, "deepcache": tgate_fx.DeepCache(3, 0)}, 4, marks=pytest.mark.slow),
         pytest.param("sdxl", {"gate_step": 6, "deepcache": tgate_fx.DeepCache(2, 3)}, 4, marks=pytest.mark.slow),
-        ("sd", {"gate_step": None, "deepcache": tgate_fx.DeepCache(3, 1)}, 2),
+        pytest.param("sd", {"gate_step": None, "deepcache": tgate_fx.DeepCache(3, 1)}, 2, marks=pytest.mark.slow),
         pytest.param("sdxl-lcm", {"gate_step": 2}, 2, marks=pytest.mark.slow),
         ("pixart-alpha-lcm", {"gate_step": 1}, 2),
     ],

@@ -119,7 +119,7 @@ def test_pre_is_the_denoiser_and_post_is_the_denoiser_with_a_cache(case: Callabl
     assert torch.equal(denoiser(**inputs, return_dict=False)[0], plain)
 
 
-@cases
+@pytest.mark.parametrize("case", tiny.slow_but([CASES["wan"], CASES["pixart"]], CASES.values()), ids=CASES)
 @torch.no_grad()
 def test_each_phase_compiles_to_one_graph(case: Callable[[], Case]) -> None:
     denoiser, inputs = case()

@@ -50,6 +50,7 @@ def test_as_many_steps_as_a_low_strength_takes(family: str, backend: CountingBac
     assert report.compiled_graphs == len(backend.graphs) == 2
 
 
+@pytest.mark.slow
 def test_both_denoisers_are_reached(backend: CountingBackend) -> None:
     entry = next(entry for entry in wan.ENTRIES if entry.pipeline == "WanPipeline 2.2 14B")
     pipe = tgate_fx.compile(entry.make(), gate_step=0.5, backend=backend)
