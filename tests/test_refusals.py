@@ -15,7 +15,7 @@ from torch import nn
 
 import tgate_fx
 from tests import oracle, tiny
-from tests.zoo import dreamlite, kandinsky5
+from tgate_fx.rows import Rows
 
 KWARGS = {**tiny.inputs("sd"), "num_inference_steps": 5}
 
@@ -151,7 +151,7 @@ def test_joint_attention(name: str) -> None:
 
 def test_intervals_without_self_attention() -> None:
     """That is under another name in Kandinsky 5: there would be nothing to cache."""
-    entry = kandinsky5.ENTRIES[0]
+    entry = pytest.importorskip("tests.zoo.kandinsky5", exc_type=ImportError).ENTRIES[0]
     pipe = entry.make()
     message = says("fi_interval=2", "Kandinsky5Transformer3DModel", "no self-attention", "Leave both")
     with pytest.raises(tgate_fx.UnsupportedError, match=message):
@@ -312,6 +312,25 @@ def test_more_calls_than_steps(pipe: Any) -> None:
     assert torch.equal(tiny.latents(pipe, **KWARGS), expected)
 
 
+@pytest.mark.parametrize("rows", [0, 3, 5])
+def test_an_input_whose_rows_do_not_follow_the_batch(rows: int) -> None:
+    given = {"sample": torch.zeros(4, 2), "text": [torch.zeros(rows, 2)]}
+    with pytest.raises(
+        tgate_fx.UnsupportedError, match=says("given text", f"[{rows}, 2] beside 4 rows", "a multiple", "after_gate=")
+    ):
+        Rows(frozenset(given)).half(given, 4, second=True)
+
+
+def test_rows_of_a_branch() -> None:
+    frames = torch.arange(8.0)
+    given = {"sample": torch.zeros(4), "frames": (frames,), "text": torch.zeros(1), "timestep": torch.zeros(1)}
+    half = Rows(frozenset(("sample", "frames", "text"))).half(given, 4, second=True)
+    assert half["sample"].shape == (2,)
+    assert torch.equal(half["frames"][0], frames[4:])  # a multiple of the rows
+    assert half["text"] is given["text"]  # one row serves all
+    assert half["timestep"] is given["timestep"]
+
+
 def test_an_input_whose_rows_are_unknown(pipe: Any) -> None:
     tgate_fx.gate(pipe, 2)
     unknown = {"own": {"regions": torch.zeros(2, 1, 4)}}
@@ -376,6 +395,7 @@ def test_latents_under_another_name(pipe: Any) -> None:
 
 def test_three_chunks_for_an_image() -> None:
     """DreamLite guides in one batch by text alone, and in three chunks when it has an image, too."""
+    dreamlite = pytest.importorskip("tests.zoo.dreamlite", exc_type=ImportError)
     pipe = dreamlite.pipeline("DreamLitePipeline")
     pipe.processor = dreamlite.Letters()
 

@@ -10,12 +10,15 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
+import diffusers
 import torch
 from torch import nn
 
 STEPS = 4
+IS_OLD = tuple(map(int, diffusers.__version__.split(".")[:2])) < (0, 42)
 
 
 @dataclass(frozen=True)
@@ -65,9 +68,23 @@ class Entry:
 
 
 def entries() -> list[Entry]:
-    """Every entry of every file."""
-    modules = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
-    return [entry for module in modules for entry in module.ENTRIES]
+    """Every entry of every file; an older diffusers than the one that is pinned lacks some classes."""
+    modules = filter(None, map(_imported, pkgutil.iter_modules(__path__)))
+    return [entry for module in modules for entry in module.ENTRIES if not IS_OLD or _has(module, entry)]
+
+
+def _has(module: ModuleType, entry: Entry) -> bool:
+    name = entry.pipeline.split()[0]
+    return hasattr(diffusers, name) or hasattr(module, name)
+
+
+def _imported(module: pkgutil.ModuleInfo) -> ModuleType | None:
+    try:
+        return importlib.import_module(f"{__name__}.{module.name}")
+    except ImportError:
+        if IS_OLD:
+            return None
+        raise
 
 
 def quiet(pipe: Any) -> Any:
