@@ -163,6 +163,8 @@ def gated(
     calls: int = 1,
     keep: str = "positive",
     loop: int | None = None,
+    companions: list[Network] | None = None,
+    companions_form: str = "batch",
 ) -> Any:
     """Generate with the gate.
 
@@ -174,6 +176,9 @@ def gated(
         calls: how many calls a step has.
         keep: the branch that goes on, of a batch.
         loop: how many steps each of the pipeline's loops has, if it has several; each is gated by itself.
+        companions: what runs once a step, before the denoiser does; of a batch all rows are computed, for of what it
+            gives the denoiser only one branch's rows go on.
+        companions_form: how guidance reaches these, "batch" or "none".
     """
     position = {"calls": -1}
     half = (
@@ -229,8 +234,41 @@ def gated(
             for name in network.sites
         ]
         handles.append(network.module.register_forward_hook(answer))
+    handles += [
+        handle for each in companions or () for handle in _companion_hooks(each, position, gate, companions_form)
+    ]
     with hooked(*handles):
         return generate()
+
+
+def _companion_hooks(network: Network, position: dict[str, int], gate: int, form: str) -> list[Any]:
+    """Hooks that replace what the sites give from the gate on, or from the step after the first one that comes later.
+
+    Args:
+        network: the companion.
+        position: how often the denoiser was called before.
+        gate: the first gated step.
+        form: "batch" or "none".
+    """
+    kept_at: dict[str, int] = {}
+
+    def keep_or_replace(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+            step = position["calls"] + 1
+            if step < gate - 1:
+                return output
+            if kept_at.setdefault(name, step) == step:
+                network.kept[name, 0] = output
+                return output
+            kept = network.kept[name, 0]
+            if form == "none":
+                return kept
+            first, second = kept.chunk(2)
+            return torch.cat([(first + second) / 2] * 2)
+
+        return hook
+
+    return [network.module.get_submodule(name).register_forward_hook(keep_or_replace(name)) for name in network.sites]
 
 
 def mapped(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:

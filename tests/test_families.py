@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Container, Iterable
 from typing import Any
 
@@ -53,6 +54,17 @@ def denoisers_of(pipe: Any, entry: zoo.Entry) -> list[Any]:
     return [getattr(pipe, name) for name in entry.denoisers if getattr(pipe, name) is not None]
 
 
+def companions_of(pipe: Any, entry: zoo.Entry) -> list[oracle.Network]:
+    found = []
+    for name in entry.companions:
+        module = operator.attrgetter(name)(pipe)
+        images = ("sample", "hidden_states", "controlnet_cond")
+        sites = oracle.find_sites(module, lambda: entry.run(pipe), images, entry.text)
+        assert sites
+        found.append(oracle.Network(module, sites))
+    return found
+
+
 def outputs_of(pipe: Any, entry: zoo.Entry) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """What a generation gives, and the denoisers' outputs, call by call."""
     seen: list[torch.Tensor] = []
@@ -73,7 +85,17 @@ def test_gated_eagerly(entry: zoo.Entry) -> None:
     assert all(sites)
     plain, plain_outputs = outputs_of(pipe, entry)
     networks = [oracle.Network(*pair) for pair in zip(denoisers, sites, strict=True)]
-    expected = oracle.gated(networks, lambda: entry.run(pipe), GATE, entry.form, calls, loop=entry.loop)
+    companions = companions_of(pipe, entry)
+    expected = oracle.gated(
+        networks,
+        lambda: entry.run(pipe),
+        GATE,
+        entry.form,
+        calls,
+        loop=entry.loop,
+        companions=companions,
+        companions_form=entry.companions_form,
+    )
 
     if entry.form == "whole":
         check_one_branch_is_refused(pipe, entry)

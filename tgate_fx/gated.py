@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from .companion_run import CompanionRun
+from .companions import only_conditional
 from .errors import StateError
 from .guidance import check_known_guidance, check_settings
 from .network import Network
@@ -43,21 +45,29 @@ class Gated:
         pipe: the pipeline, not gated yet; nothing is changed on it before `attach`.
         schedule: which phase each step is in.
         networks: its denoisers, each with what runs its phases.
+        companions: what runs beside them, in the same way.
 
     Raises:
         UnsupportedError: the pipeline guides in a way that cannot be gated so.
 
     Attributes:
-        schedule, networks: these.
+        schedule, networks, companions: these.
         parameters: of the pipeline's call.
         steps: of the last generation, or the one that is running; None before the first.
         runs: the same generation, seen from each network.
         disabled: how many times over the gate is switched off.
     """
 
-    def __init__(self, pipe: Any, schedule: Schedule, networks: Sequence[GatedNetwork]) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        schedule: Schedule,
+        networks: Sequence[GatedNetwork],
+        companions: Sequence[GatedNetwork] = (),
+    ) -> None:
         self.schedule = schedule
         self.networks = tuple(networks)
+        self.companions = tuple(companions)
         self.parameters = inspect.signature(type(pipe).__call__).parameters
         check_known_guidance(pipe, self.parameters, schedule.after_gate)
         self.steps: Steps | None = None
@@ -77,7 +87,7 @@ class Gated:
 
     def attach(self, pipe: Any) -> None:
         """Put this gate on its pipeline."""
-        for each in self.networks:
+        for each in self.all:
             each.network.attach(self)
             each.phases.attach()
         self.set_attribute(pipe, _ATTRIBUTE, self)
@@ -96,7 +106,7 @@ class Gated:
                 "unchanged. Undo first what was installed on the pipeline last."
             )
         with self.one_at_a_time():
-            for each in self.networks:
+            for each in self.all:
                 each.network.detach(self)
             pipe.__class__ = self._plain_class
             for name in self._attributes:
@@ -108,31 +118,48 @@ class Gated:
         overrides = {name: value for name, value in given.items() if value is not _AS_GATED}
         schedule = dataclasses.replace(self.schedule, off=self.disabled > 0, **overrides)
         bound = functools.partial(_bound, self.parameters, (pipe, *args), kwargs)
+        control_is_conditional = only_conditional(pipe, bound("guess_mode"))
+        if schedule.after_gate == "negative" and (control_is_conditional or bound("gligen_boxes") is not None):
+            schedule = dataclasses.replace(schedule, after_gate="positive")  # the other branch has zeros in their place
         if schedule.caches:
             check_settings(pipe, bound)
         with self.one_at_a_time():
             calls_back = bound("callback_on_step_end") is not None or bound("callback") is not None
-            for each in self.networks:
+            for each in self.all:
                 each.network.check_unchanged(pipe)
-                each.network.check_schedule(schedule)
-            steps = self.steps = Steps(pipe, schedule, bound("guidance_scale"), calls_back=calls_back)
-            self.runs = [Run(each, steps) for each in self.networks]
             for each in self.networks:
+                each.network.check_schedule(schedule)
+            steps = self.steps = Steps(
+                pipe,
+                schedule,
+                bound("guidance_scale"),
+                calls_back=calls_back,
+                only_conditional=control_is_conditional,
+            )
+            self.runs = [Run(each, steps) for each in self.networks]
+            companions = [CompanionRun(each, steps) for each in self.companions]
+            for each in self.all:
                 each.phases.begin(pipe, self._base, calls_back=calls_back)
             with ExitStack() as stack:
-                for run in self.runs:
+                for run in (*self.runs, *companions):
                     stack.callback(run.end)
                     stack.enter_context(run.network.dispatch.running(run.step))
                 stack.enter_context(fresh_step_count(pipe))
                 result = call(pipe, *args, **kwargs)
             # A generation may rightly end before its first step: interrupted, or with too little strength for one.
-            if steps.begun == 0 and not getattr(pipe, "interrupt", False) and step_count(pipe) != 0:
+            idle = all(run.device is None for run in self.runs)
+            if idle and not getattr(pipe, "interrupt", False) and step_count(pipe) != 0:
                 raise StateError(
                     f"The generation ended without a call of pipe.{self.networks[0].network.attribute} through "
                     "tgate_fx, so nothing was gated: expected the forward of the denoiser to be the one that was "
                     "gated. Call tgate_fx.restore(pipe) and gate it again after whatever replaced it."
                 )
             return result
+
+    @property
+    def all(self) -> tuple[GatedNetwork, ...]:
+        """The denoisers and their companions."""
+        return (*self.networks, *self.companions)
 
     @property
     def branch_sliced(self) -> bool:
@@ -147,13 +174,13 @@ class Gated:
     @contextmanager
     def running_with(self, make_phases: Callable[[Network], Phases]) -> Iterator[None]:
         """Context manager: what this makes for each network runs its phases."""
-        own = [each.phases for each in self.networks]
-        for each in self.networks:
+        own = [each.phases for each in self.all]
+        for each in self.all:
             each.phases = make_phases(each.network)
         try:
             yield
         finally:
-            for each, phases in zip(self.networks, own, strict=True):
+            for each, phases in zip(self.all, own, strict=True):
                 each.phases = phases
 
     @contextmanager

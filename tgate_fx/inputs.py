@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,6 +12,8 @@ from .errors import StateError
 
 # The denoiser's first input; where latents are tokens, these are their identifiers.
 LATENTS = ("sample", "hidden_states", "input_ids")
+
+_SCALE = "conditioning_scale"  # of a ControlNet
 
 
 def latents_of(inputs: Mapping[str, Any]) -> tuple[str, torch.Tensor]:
@@ -29,19 +32,37 @@ def latents_of(inputs: Mapping[str, Any]) -> tuple[str, torch.Tensor]:
 
 
 def canonical(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[object, ...]]:
-    """Return the denoiser's inputs as graphs are compiled for them, and their signature.
+    """Return a network's inputs as graphs are compiled for them, and their signature.
 
-    Timesteps become float32 tensors (schedulers hand over int64 or float32), so that neither costs a graph of its own,
-    and every tensor but the latents contiguous; the latents take the layout of the first call with this signature. Two
-    calls with equal signatures fit the same graph: names, types, shapes, dtypes, devices, values that are not tensors,
-    and which tensors are one.
+    Timesteps become float32 tensors (schedulers hand over int64 or float32), and so does a ControlNet's scale, so that
+    no number costs a graph of its own. Every tensor but the latents becomes contiguous; the latents take the layout of
+    the first call with this signature. Two calls with equal signatures fit the same graph: names, types, shapes,
+    dtypes, devices, values that are not tensors, and which tensors are one.
     """
     tensors: list[torch.Tensor] = []
+    if _SCALE in inputs:
+        inputs = {**inputs, _SCALE: _scale_tensors(inputs)}
     result, signature = _canonical(inputs, tensors)
     addresses = [id(tensor) for tensor in tensors]
     if len(set(addresses)) < len(addresses):
         signature = (*signature, *[addresses.index(address) for address in addresses])
     return result, signature
+
+
+def _scale_tensors(inputs: Mapping[str, Any]) -> Any:
+    """Return a ControlNet's scale as a tensor, one for each image if there are several."""
+    scale, image = inputs[_SCALE], inputs.get("controlnet_cond")
+    device = latents_of(inputs)[1].device
+    if isinstance(image, (list, tuple)):
+        scales = scale if isinstance(scale, (list, tuple)) else [scale] * len(image)
+        return [_number(float(each), device) for each in scales]
+    return _number(float(scale), device)
+
+
+@functools.lru_cache(maxsize=256)  # at every step the same few
+def _number(value: float, device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False):
+        return torch.full((), value, dtype=torch.float32, device=device)
 
 
 def _canonical(inputs: Mapping[str, Any], tensors: list[torch.Tensor]) -> tuple[dict[str, Any], tuple[object, ...]]:

@@ -92,7 +92,9 @@ class Network:
 
     def check_unchanged(self, pipe: Any) -> None:
         """Raise `TGateError` unless the pipeline still has this module, as it can be gated."""
-        module = getattr(pipe, self.attribute, None)
+        module = pipe
+        for name in self.attribute.split("."):  # a companion's may be an item of a list
+            module = getattr(module, name, None)
         if isinstance(module, nn.Module):
             check_plain(self.attribute, module)
         if module is not self.module:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from .companions import companions_of
 from .compiled.regional import RegionalPhases
 from .compiled.settings import CompileSettings
 from .compiled.whole import WholePhases
@@ -19,7 +20,7 @@ from .keywords import refuse_unknown
 from .ladder import measure_ladder
 from .network import Network, check_not_compiled, denoisers_of, networks_of
 from .phase_graph import PhaseGraph, graphs_of
-from .phases import EagerPhases
+from .phases import EagerPhases, Phases
 from .report import Report
 from .roles import Kind
 from .run import GatedNetwork
@@ -40,6 +41,7 @@ def gate(
     warm_up: int = 0,
     deepcache: DeepCache | None = None,
     after_gate: str | None = None,
+    gate_companions: bool = True,
 ) -> Pipeline:
     """Gate a diffusers pipeline, without compiling it.
 
@@ -63,7 +65,10 @@ def gate(
             mean of both branches' outputs as its cache; they differ only where the conditioning reaches the denoiser
             in another way than by cross-attention, as in SDXL. "both": the whole batch with a cache for each branch,
             and guidance goes on. None is upstream's rule where it has one ("positive" for Stable Video Diffusion,
-            "negative" for other Stable Diffusion and PixArt), and "positive" for all others.
+            "negative" for other Stable Diffusion and PixArt), and "positive" for all others. Where the other branch has
+            zeros in place of control (``guess_mode``, GLIGEN's boxes), "positive" goes on in place of "negative".
+        gate_companions: after the gate, ControlNets too run on the branch that goes on, with their cross-attentions
+            cached; False lets them compute the whole batch at every step.
 
     Returns:
         The same pipeline object.
@@ -75,7 +80,7 @@ def gate(
     """
     networks = _networks(pipe, deepcache)
     schedule = _schedule(networks, gate_step, sp_interval, fi_interval, warm_up, deepcache, after_gate)
-    Gated(pipe, schedule, [GatedNetwork(network, EagerPhases(network)) for network in networks]).attach(pipe)
+    _attach(pipe, schedule, networks, gate_companions, EagerPhases)
     return pipe
 
 
@@ -89,6 +94,7 @@ def compile(
     warm_up: int = 0,
     deepcache: DeepCache | None = None,
     after_gate: str | None = None,
+    gate_companions: bool = True,
     backend: str | Callable[..., Any] = "inductor",
     mode: str | None = None,
     dynamic: bool | None = None,
@@ -103,7 +109,7 @@ def compile(
     ``deepcache`` one more for each phase.
 
     Args:
-        pipe, gate_step, sp_interval, fi_interval, warm_up, deepcache, after_gate: as for `gate`.
+        pipe, gate_step, sp_interval, fi_interval, warm_up, deepcache, after_gate, gate_companions: as for `gate`.
         backend, mode, options: handed on to torch.compile. With inductor on a CPU, ``options["freezing"]`` is on unless
             ``mode`` is given or ``options={"freezing": False}``: it packs the weights for this CPU, and is what makes
             inductor faster than eager there. Each phase then keeps its own copy of the weights; weights that change
@@ -129,8 +135,22 @@ def compile(
     networks = _networks(pipe, deepcache)
     schedule = _schedule(networks, gate_step, sp_interval, fi_interval, warm_up, deepcache, after_gate)
     phases = RegionalPhases if regional else WholePhases
-    Gated(pipe, schedule, [GatedNetwork(network, phases(network, settings)) for network in networks]).attach(pipe)
+    _attach(pipe, schedule, networks, gate_companions, lambda network: phases(network, settings))
     return pipe
+
+
+def _attach(
+    pipe: Any,
+    schedule: Schedule,
+    networks: Sequence[Network],
+    gate_companions: bool,
+    make_phases: Callable[[Network], Phases],
+) -> None:
+    gated, companions = (
+        [GatedNetwork(network, make_phases(network)) for network in each]
+        for each in (networks, companions_of(pipe) if gate_companions else [])
+    )
+    Gated(pipe, schedule, gated, companions).attach(pipe)
 
 
 def _networks(pipe: Any, deepcache: object) -> list[Network]:
@@ -185,12 +205,12 @@ def report(pipe: Any, *, ladder: bool = False) -> Report:
     schedule = gated.steps.schedule if gated.steps is not None else gated.schedule
     return Report(
         steps=steps,
-        compiled_graphs=sum(each.phases.graphs for each in gated.networks),
-        recompiles=sum(each.phases.recompiles for each in gated.networks),
+        compiled_graphs=sum(each.phases.graphs for each in gated.all),
+        recompiles=sum(each.phases.recompiles for each in gated.all),
         gate=next((step.index for step in steps if step.phase.startswith("post-gate")), None),
         sites=sum(len(each.network.cached_sites(schedule)) for each in gated.networks),
         compiler=gated.networks[0].phases.describe(),
-        cache_bytes=sum(each.cache.nbytes for each in gated.networks),
+        cache_bytes=sum(each.cache.nbytes for each in gated.all),
         ladder=measure_ladder(gated) if ladder else (),
     )
 

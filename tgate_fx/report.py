@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ class StepReport:
         compiled: graphs compiled within this step; its seconds include compiling them.
         network: the pipeline's attribute that has the denoiser.
         calls: how many calls of the denoiser were computed: two where guidance branches come in separate calls.
+        companion_seconds: how long its companions took, such as ControlNets. Their graphs count as compiled too.
     """
 
     index: int
@@ -32,6 +34,7 @@ class StepReport:
     compiled: int
     network: str
     calls: int
+    companion_seconds: float = 0.0
 
 
 class Rung(NamedTuple):
@@ -83,9 +86,13 @@ class Report:
         several = len({step.network for step in self.steps}) > 1
         phases = [f"{step.network} {step.phase}" if several else step.phase for step in self.steps]
         width = max(map(len, ("phase", *phases)))
-        lines.append(f"{'step':>5}  {'phase':<{width}}  {'batch':>5}  {'seconds':>10}")
+        beside = any(step.companion_seconds for step in self.steps)
+        lines.append(
+            f"{'step':>5}  {'phase':<{width}}  {'batch':>5}  {'seconds':>10}" + f"  {'companions':>10}" * beside
+        )
         for step, phase in zip(self.steps, phases, strict=True):
-            note = f"  compiled {step.compiled}" if step.compiled else ""
+            note = f"  {step.companion_seconds:>10.4f}" if beside else ""
+            note += f"  compiled {step.compiled}" if step.compiled else ""
             lines.append(f"{step.index:>5}  {phase:<{width}}  {step.batch:>5}  {step.seconds:>10.4f}{note}")
         if self.ladder:
             lines.append(f"{'where the speed-up comes from':<29}  {'seconds':>10}  {'speed-up':>8}  {'in all':>6}")
@@ -106,11 +113,20 @@ class _Row(NamedTuple):
     seconds: Callable[[], float]
 
 
+class _CompanionRow(NamedTuple):
+    """One call of a companion."""
+
+    step: int
+    compiled: int
+    seconds: Callable[[], float]
+
+
 @dataclass
 class StepClock:
     """Collects a row for each call at a few microseconds a call; the steps are made of them when the report is read."""
 
     _rows: list[_Row] = field(default_factory=list)
+    _companions: list[_CompanionRow] = field(default_factory=list)
 
     def start(self, device: torch.device) -> Any:
         """Begin timing a call on this device."""
@@ -122,29 +138,41 @@ class StepClock:
 
     def stop(self, started: Any, step: int, network: str, phase: str, rows: int, compiled: int) -> None:
         """End the call that `start` began, and note what it was."""
-        if isinstance(started, float):
-            seconds = time.perf_counter() - started
-            self._rows.append(_Row(step, network, phase, rows, compiled, lambda: seconds))
-        else:
-            ended = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            ended.record()
-            self._rows.append(_Row(step, network, phase, rows, compiled, lambda: _elapsed(started, ended)))
+        self._rows.append(_Row(step, network, phase, rows, compiled, _since(started)))
+
+    def stop_companion(self, started: Any, step: int, compiled: int) -> None:
+        """End the call of a companion that `start` began."""
+        self._companions.append(_CompanionRow(step, compiled, _since(started)))
 
     def steps(self) -> tuple[StepReport, ...]:
         """Return a row for each step so far. On CUDA this waits for the last one to finish."""
         calls = [list(group) for _, group in itertools.groupby(self._rows, lambda row: row.step)]
+        beside: defaultdict[int, list[_CompanionRow]] = defaultdict(list)
+        for row in self._companions:
+            beside[row.step].append(row)
         return tuple(
             StepReport(
                 index=group[0].step,
                 phase=group[0].phase,
                 batch=sum(row.rows for row in group),
                 seconds=sum(row.seconds() for row in group),
-                compiled=sum(row.compiled for row in group),
+                compiled=sum(row.compiled for row in group) + sum(row.compiled for row in beside[group[0].step]),
                 network=group[0].network,
                 calls=len(group),
+                companion_seconds=sum(row.seconds() for row in beside[group[0].step]),
             )
             for group in calls
         )
+
+
+def _since(started: Any) -> Callable[[], float]:
+    """Return what gives the seconds from what `StepClock.start` returned to now."""
+    if isinstance(started, float):
+        seconds = time.perf_counter() - started
+        return lambda: seconds
+    ended = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    ended.record()
+    return lambda: _elapsed(started, ended)
 
 
 def _elapsed(started: torch.cuda.Event, ended: torch.cuda.Event) -> float:

@@ -14,7 +14,7 @@ from .inputs import latents_of
 from .network import Network
 from .phases import Example, Phases, example
 from .roles import Kind, Role, Roles
-from .schedule import Step
+from .schedule import Schedule, Step
 from .split import Cache
 from .steps import Steps
 
@@ -48,6 +48,8 @@ class Run:
 
     Attributes:
         network, phases: of the network.
+        steps: of the generation.
+        loop: which of the pipeline's loops it is in; 0 before its first call.
         schedule: which phase each step is in, from the network's first call on.
         examples: for each phase what it was given first, for `tgate_fx.graphs`.
         device: where the network ran; None before its first call.
@@ -58,12 +60,12 @@ class Run:
         self.network = gated.network
         self.phases = gated.phases
         self._cache = gated.cache
-        self._steps = steps
+        self.steps = steps
         family = self.network.family
         self._guidance = family.guidance(self.network.module, family.rows, steps.schedule.after_gate)
-        self._loop = 0
+        self.loop = 0
         self._answer: Any = None
-        self.schedule = steps.schedule
+        self.schedule = self.own_schedule(steps.schedule)
         self.examples: dict[Roles, Example] = {}
         self.device: torch.device | None = None
         self.branch_sliced = False
@@ -73,22 +75,22 @@ class Run:
         inputs = dict(zip(self.network.dispatch.parameters, args, strict=False))
         inputs.update(kwargs)
         _, latents = latents_of(inputs)
-        started = self._steps.clock.start(latents.device)
-        guided = self._steps.guided
+        started = self.steps.clock.start(latents.device)
+        guided = self.guided
         call = self._guidance.place(inputs, guided)
         if call == 0:
-            self._steps.begin(inputs.get("timestep"))
-        if self._loop != self._steps.loop:
+            self.begin_step(inputs.get("timestep"))
+        if self.loop != self.steps.loop:
             self._begin(latents)
         if call >= self._guidance.calls and self.schedule.caches:
-            self._steps.refuse_call()
-        index = self._steps.index
-        if index == self._first and guided and self._steps.will_gate:
+            self.steps.refuse_call()
+        index = self.steps.index
+        if index == self._first and guided and self.steps.will_gate:
             self._guidance.check(inputs, latents)
-        elif index == self._first + 1 and call == 0 and guided and self._steps.will_gate:
+        elif index == self._first + 1 and call == 0 and guided and self.steps.will_gate:
             self._guidance.check_complete()
         step = self.schedule.at(index)
-        if guided and self._steps.will_gate and not step.gated:
+        if guided and self.steps.will_gate and not step.gated:
             self._check_rows(latents.shape[0])
         one_branch = step.gated and self.schedule.one_branch
         self.branch_sliced = one_branch and guided
@@ -112,8 +114,7 @@ class Run:
             self._answer = output
         if self.branch_sliced:
             output = self._guidance.give_back(output)
-        name = self.network.attribute
-        self._steps.clock.stop(started, self._steps.begun - 1, name, step.phase, rows, self.phases.graphs - graphs)
+        self.note(started, step.phase, rows, self.phases.graphs - graphs)
         return output
 
     def end(self) -> None:
@@ -121,12 +122,29 @@ class Run:
         self.branch_sliced = False
         self._answer = None
 
+    @property
+    def guided(self) -> bool:
+        """Whether this step has two branches here."""
+        return self.steps.guided
+
+    def own_schedule(self, schedule: Schedule) -> Schedule:
+        """Return what the generation's schedule means for this network."""
+        return schedule
+
+    def begin_step(self, timestep: Any) -> None:
+        """Begin a step with its first call here."""
+        self.steps.begin(timestep)
+
+    def note(self, started: Any, phase: str, rows: int, compiled: int) -> None:
+        """Note the call that has ended."""
+        self.steps.clock.stop(started, self.steps.begun - 1, self.network.attribute, phase, rows, compiled)
+
     def _begin(self, latents: torch.Tensor) -> None:
         """Begin a loop with the network's first call: if that comes after the gate, its gate is the step after it."""
         self.device = latents.device
-        self._loop = self._steps.loop
-        self._first = self._steps.index
-        self.schedule = self._steps.schedule.begun_at(self._first)
+        self.loop = self.steps.loop
+        self._first = self.steps.index
+        self.schedule = self.own_schedule(self.steps.schedule).begun_at(self._first)
         # By the slot, which is the call of its step that captured it, and the kind of site.
         self._cached: list[list[Sequence[torch.Tensor]]] = [[()] * len(Kind) for _ in _SLOTS]
         self._cached_for: list[list[tuple[int, ...]]] = [[()] * len(Kind) for _ in _SLOTS]  # the shape of the latents
@@ -138,7 +156,7 @@ class Run:
         self._guided_rows = self._guided_rows or rows
         if rows != self._guided_rows:
             raise UnsupportedError(
-                f"Guidance is on, and the denoiser was given {rows} rows at step {self._steps.index}, but "
+                f"Guidance is on, and the denoiser was given {rows} rows at step {self.steps.index}, but "
                 f"{self._guided_rows} before: expected both branches at every step. Let guidance span all steps, turn "
                 "it off, or use gate_step=None."
             )
@@ -148,7 +166,7 @@ class Run:
         for role, cached_for in zip(step.roles, self._cached_for[slot], strict=True):
             if role is Role.REUSE and cached_for != shape:
                 raise StateError(
-                    f"The denoiser was given latents of shape {list(shape)} at step {self._steps.index}, but what is "
+                    f"The denoiser was given latents of shape {list(shape)} at step {self.steps.index}, but what is "
                     f"cached is for {list(cached_for)}: expected the batch and the resolution to stay as they were. "
                     "Leave guidance on or off for the whole generation, or use gate_step=None."
                 )
@@ -159,7 +177,7 @@ class Run:
         """Copy what was captured into the static cache; of two branches into one's, if one goes on."""
         shape = latents.shape[1:]
         # The next step is the first gated one, and both branches were still computed.
-        last = self.schedule.one_branch and not step.gated and self.schedule.at(self._steps.index + 1).gated
+        last = self.schedule.one_branch and not step.gated and self.schedule.at(self.steps.index + 1).gated
         merges = last and self._guidance.has_other_branch(guided)
         rows = latents.shape[0]
         if merges or self.branch_sliced:
@@ -169,7 +187,7 @@ class Run:
                 self.network.check_captured(kind, captured[kind])
                 if merges:
                     first = self._cached[0][kind]
-                    if self._steps.calls_back:
+                    if self.steps.calls_back:
                         own = self._guidance.conditional(captured[kind], first)
                         self._cached[_OWN][kind] = self._cache.keep(kind, own, _OWN)
                         self._cached_for[_OWN][kind] = (rows, *shape)

@@ -21,16 +21,19 @@ class Steps:
         schedule: which phase each step is in.
         guidance_scale: as bound by the call, for pipelines without ``do_classifier_free_guidance``.
         calls_back: whether a callback of the user's runs between steps.
+        only_conditional: whether companions are given the conditional branch alone.
 
     Attributes:
         schedule: the same, with a share of the steps made a step index once their number is known.
         begun: how many steps were begun, in all loops.
         loop: how many denoising loops were begun: each is gated anew.
         clock: what each step was, and how long it took.
-        calls_back: see above.
+        calls_back, only_conditional: see above.
     """
 
-    def __init__(self, pipe: Any, schedule: Schedule, guidance_scale: Any, *, calls_back: bool) -> None:
+    def __init__(
+        self, pipe: Any, schedule: Schedule, guidance_scale: Any, *, calls_back: bool, only_conditional: bool
+    ) -> None:
         self._pipe = pipe
         self._guidance_scale = guidance_scale
         self._given = schedule
@@ -38,11 +41,13 @@ class Steps:
         self._timesteps: Any = None
         self._first_timestep: Any = None
         self._loop_from = 0
+        self._announced = False
         self.schedule = schedule
         self.begun = 0
         self.loop = 0
         self.clock = StepClock()
         self.calls_back = calls_back
+        self.only_conditional = only_conditional
 
     @property
     def index(self) -> int:
@@ -69,6 +74,9 @@ class Steps:
         Raises:
             UnsupportedError: there are more steps than the pipeline said.
         """
+        if self._announced:
+            self._announced = False
+            return
         if self.begun == 0 or self._scheduled() is not self._timesteps:
             self._begin_loop(timestep)
         elif self._expected is not None and self.begun - self._loop_from >= self._expected:
@@ -81,6 +89,12 @@ class Steps:
                     "loop, from its first timestep on or after scheduler.set_timesteps. Use it with gate_step=None."
                 )
         self.begun += 1
+
+    def announce(self, timestep: Any) -> None:
+        """Begin a step for a companion, which runs before the denoiser does; that begins the same one."""
+        if not self._announced:
+            self.begin(timestep)
+            self._announced = True
 
     def _begin_loop(self, timestep: Any) -> None:
         self._first_timestep = timestep

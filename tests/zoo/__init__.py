@@ -35,6 +35,8 @@ class Entry:
         latents: the name of the denoiser's input that has the latents, or the names if there are several.
         output: the field of the pipeline's output to compare.
         denoisers: the attributes that have the denoisers.
+        companions: the attributes that have what runs beside the denoiser, of several each one.
+        companions_form: how guidance reaches these, "batch" or "none".
         only_cross: whether text reaches the denoiser by cross-attention only.
         loop: how many steps each of the pipeline's loops has, if it has several.
         graphs: how many graphs two generations take.
@@ -49,6 +51,8 @@ class Entry:
     latents: str | tuple[str, ...] = "hidden_states"
     output: str = "frames"
     denoisers: tuple[str, ...] = ("transformer",)
+    companions: tuple[str, ...] = ()
+    companions_form: str = "batch"
     only_cross: bool = True
     loop: int | None = None
     graphs: int = 2

@@ -109,6 +109,8 @@ def sparsely_controlled() -> dict[str, Any]:
 
 UNET: dict[str, Any] = {"latents": "sample", "denoisers": ("unet",)}
 
+CONTROL: dict[str, Any] = {**UNET, "companions": ("controlnet",), "graphs": 4}
+
 ENTRIES = [
     Entry("AnimateDiffPipeline", lambda: pipeline(unet=unet(**tiny.ONE_BLOCK)), text_to_video, **UNET),
     Entry(
@@ -129,18 +131,18 @@ ENTRIES = [
         "AnimateDiffControlNetPipeline",
         lambda: pipeline("AnimateDiffControlNetPipeline", controlnet=controlnet()),
         controlled,
-        **UNET,
+        **CONTROL,
     ),
     Entry(
         "AnimateDiffVideoToVideoControlNetPipeline",
         lambda: pipeline("AnimateDiffVideoToVideoControlNetPipeline", controlnet=controlnet()),
         lambda: {**video_to_video(), "conditioning_frames": list(noise(2, 3, 16, 16, seed=6).sigmoid())},
-        **UNET,
+        **CONTROL,
     ),
     Entry(
         "AnimateDiffSparseControlNetPipeline",
         lambda: pipeline("AnimateDiffSparseControlNetPipeline", controlnet=sparse_controlnet()),
         sparsely_controlled,
-        **UNET,
+        **CONTROL,
     ),
 ]

@@ -1,4 +1,4 @@
-"""Stable Diffusion with a ControlNet, which itself computes the whole batch: only its residuals are cut."""
+"""Stable Diffusion with one ControlNet or several."""
 
 from __future__ import annotations
 
@@ -102,38 +102,40 @@ def inpaint(**changes: Any) -> dict[str, Any]:
 
 
 UNET: dict[str, Any] = {"latents": "sample", "output": "images", "denoisers": ("unet",)}
+CONTROL: dict[str, Any] = {**UNET, "companions": ("controlnet",), "graphs": 4}
 SD, XL, UNION = (f"StableDiffusion{kind}" for kind in ("ControlNet", "XLControlNet", "XLControlNetUnion"))
 MODE = {"control_mode": [1]}
 
 ENTRIES = [
-    Entry(f"{SD}Pipeline", lambda: with_controlnet(f"{SD}Pipeline"), lambda: inputs(image=image()), **UNET),
+    Entry(f"{SD}Pipeline", lambda: with_controlnet(f"{SD}Pipeline"), lambda: inputs(image=image()), **CONTROL),
     Entry(
         f"{SD}Pipeline two, guess mode",
         lambda: sd(f"{SD}Pipeline", controlnet=[controlnet(), controlnet()]),
         lambda: inputs(image=[image(), image(6)], guess_mode=True),
-        **UNET,
+        companions_form="none",
+        **{**CONTROL, "companions": ("controlnet.nets.0", "controlnet.nets.1"), "graphs": 6},
     ),
-    Entry(f"{SD}Img2ImgPipeline", lambda: with_controlnet(f"{SD}Img2ImgPipeline"), from_image, **UNET),
-    Entry(f"{SD}InpaintPipeline", lambda: with_controlnet(f"{SD}InpaintPipeline"), inpaint, **UNET),
-    Entry(f"{XL}Pipeline", lambda: xl(f"{XL}Pipeline"), lambda: inputs(image=image(), **pooled()), **UNET),
-    Entry(f"{XL}Img2ImgPipeline", lambda: xl(f"{XL}Img2ImgPipeline"), lambda: from_image(**pooled()), **UNET),
-    Entry(f"{XL}InpaintPipeline", lambda: xl(f"{XL}InpaintPipeline"), lambda: inpaint(**pooled()), **UNET),
+    Entry(f"{SD}Img2ImgPipeline", lambda: with_controlnet(f"{SD}Img2ImgPipeline"), from_image, **CONTROL),
+    Entry(f"{SD}InpaintPipeline", lambda: with_controlnet(f"{SD}InpaintPipeline"), inpaint, **CONTROL),
+    Entry(f"{XL}Pipeline", lambda: xl(f"{XL}Pipeline"), lambda: inputs(image=image(), **pooled()), **CONTROL),
+    Entry(f"{XL}Img2ImgPipeline", lambda: xl(f"{XL}Img2ImgPipeline"), lambda: from_image(**pooled()), **CONTROL),
+    Entry(f"{XL}InpaintPipeline", lambda: xl(f"{XL}InpaintPipeline"), lambda: inpaint(**pooled()), **CONTROL),
     Entry(
         f"{UNION}Pipeline",
         lambda: union(f"{UNION}Pipeline"),
         lambda: inputs(control_image=[image()], **pooled(**MODE)),
-        **UNET,
+        **CONTROL,
     ),
     Entry(
         f"{UNION}Img2ImgPipeline",
         lambda: union(f"{UNION}Img2ImgPipeline"),
         lambda: from_image(**pooled(**MODE)),
-        **UNET,
+        **CONTROL,
     ),
     Entry(
         f"{UNION}InpaintPipeline",
         lambda: union(f"{UNION}InpaintPipeline"),
         lambda: inpaint(**pooled(**MODE)),
-        **UNET,
+        **CONTROL,
     ),
 ]

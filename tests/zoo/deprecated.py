@@ -27,7 +27,7 @@ from torch import nn
 from tests import tiny
 
 from . import STEPS, Entry, generator, noise, quiet, seeded
-from .controlnet import UNET, WIDTH, controlnet, image, inputs
+from .controlnet import CONTROL, UNET, WIDTH, controlnet, image, inputs
 from .sd_variants import unet
 
 
@@ -169,7 +169,7 @@ ENTRIES = [
         "BlipDiffusionControlNetPipeline",
         lambda: blip(BlipDiffusionControlNetPipeline, controlnet=controlnet(conditioning_embedding_out_channels=(8,))),
         lambda: subject(condtioning_image=picture()),
-        **UNET,
+        **CONTROL,
     ),
     Entry("AudioDiffusionPipeline", audio, sound, form="none", **{**UNET, "output": "audios"}),
     Entry(

@@ -108,5 +108,12 @@ POOLED: dict[str, Any] = {
 
 ENTRIES = [
     Entry("HunyuanDiTPipeline", lambda: pipeline("HunyuanDiTPipeline"), inputs, **POOLED),
-    Entry("HunyuanDiTControlNetPipeline", with_controlnet, controlled_inputs, **POOLED),
+    Entry(
+        "HunyuanDiTControlNetPipeline",
+        with_controlnet,
+        controlled_inputs,
+        companions=("controlnet",),
+        graphs=4,
+        **POOLED,
+    ),
 ]

@@ -36,6 +36,8 @@ def like(entry: Entry, pipeline: str, make: Any, given: Any = None) -> Entry:
     return dataclasses.replace(entry, pipeline=pipeline, make=make, inputs=lambda: {**given(), **SCALE}, form="whole")
 
 
+BESIDE: dict[str, Any] = {**WHOLE, "companions": ("controlnet",), "companions_form": "none", "graphs": 4}
+
 ENTRIES = [
     Entry(f"{SD}PAGPipeline", lambda: sd(f"{SD}PAGPipeline"), lambda: inputs(height=16, width=16, **SCALE), **WHOLE),
     # Near the end its scale is 0; the batch stays as it is.
@@ -58,13 +60,13 @@ ENTRIES = [
         f"{SD}ControlNetPAGPipeline",
         lambda: with_controlnet(f"{SD}ControlNetPAGPipeline"),
         lambda: inputs(image=image(), **SCALE),
-        **WHOLE,
+        **BESIDE,
     ),
     Entry(
         f"{SD}ControlNetPAGInpaintPipeline",
         lambda: with_controlnet(f"{SD}ControlNetPAGInpaintPipeline"),
         lambda: inpaint(**SCALE),
-        **WHOLE,
+        **BESIDE,
     ),
     Entry(
         f"{XL}PAGPipeline",
@@ -85,13 +87,13 @@ ENTRIES = [
         f"{XL}ControlNetPAGPipeline",
         lambda: xl(f"{XL}ControlNetPAGPipeline"),
         lambda: inputs(image=image(), **pooled(**{**SCALE, "guidance_scale": 8.0})),
-        **WHOLE,
+        **BESIDE,
     ),
     Entry(
         f"{XL}ControlNetPAGImg2ImgPipeline",
         lambda: xl(f"{XL}ControlNetPAGImg2ImgPipeline"),
         lambda: from_image(**pooled(**SCALE)),
-        **WHOLE,
+        **BESIDE,
     ),
     like(pixart.ENTRIES[-1], "PixArtSigmaPAGPipeline", lambda: pixart.make("PixArtSigmaPAGPipeline")),
     like(hunyuandit.ENTRIES[0], "HunyuanDiTPAGPipeline", lambda: hunyuandit.pipeline("HunyuanDiTPAGPipeline")),

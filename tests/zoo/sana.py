@@ -127,5 +127,7 @@ ENTRIES = [
         with_controlnet,
         lambda: inputs(**negative(), control_image=picture()),
         output="images",
+        companions=("controlnet",),
+        graphs=4,
     ),
 ]

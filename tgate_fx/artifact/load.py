@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..companions import companions_of
 from ..deepcache import DeepCache
 from ..errors import StateError, UnsupportedError
 from ..gated import Gated, check_not_gated
 from ..network import Network, networks_of
+from ..phases import EagerPhases
 from ..roles import Role, Roles
 from ..run import GatedNetwork
 from ..schedule import Schedule
@@ -52,7 +54,9 @@ def load(pipe: Pipeline, path: str | Path) -> Pipeline:
         manifest.check_parts("weights", contents, fingerprint.weights(network.module))
     packages = _load_packages(path, contents)
     phases = PackagedPhases(network.module, packages, contents["structure"], frozen=frozen)
-    gated = Gated(pipe, schedule, [GatedNetwork(network, phases)])
+    beside = companions_of(pipe) if contents["gate_companions"] else []
+    companions = [GatedNetwork(companion, EagerPhases(companion)) for companion in beside]  # only phases are packaged
+    gated = Gated(pipe, schedule, [GatedNetwork(network, phases)], companions)
     gated.attach(pipe)
     try:
         manifest.check_parts("structure", contents, fingerprint.structure(network.module))

@@ -79,6 +79,7 @@ def save(
             "weights": fingerprint.weights(network.module) if frozen else None,
             "schedule": dataclasses.asdict(gated.schedule),
             "deepcache": network.branch,
+            "gate_companions": bool(gated.companions),
             "phases": phases,
             "weights_file": manifest.describe_file(folder / manifest.WEIGHTS_FILE),
         }

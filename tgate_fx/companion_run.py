@@ -1,0 +1,48 @@
+"""One generation of a companion: as that of a network, but before the denoiser in each step, and not in every step."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .run import Run
+from .schedule import Schedule
+
+
+class CompanionRun(Run):
+    """One generation, seen from one companion.
+
+    Only cross-attention is cached. A companion that was left out at the last step before the gate computes all of its
+    next one, and is gated from the one after that.
+    """
+
+    _last: int | None = None  # the index of the step that it ran last
+
+    def step(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Run one call; see `Run.step`."""
+        output = super().step(args, kwargs)
+        self._last = self.steps.index
+        return output
+
+    @property
+    def guided(self) -> bool:
+        """Whether this step has two branches here; see `Run.guided`."""
+        return self.steps.guided and not self.steps.only_conditional
+
+    def own_schedule(self, schedule: Schedule) -> Schedule:
+        """Return the schedule without what is cached besides cross-attention."""
+        return dataclasses.replace(schedule, sp_interval=1, fi_interval=1, warm_up=0, deep_interval=None)
+
+    def begin_step(self, timestep: Any) -> None:
+        """Begin the step that the denoiser will run next."""
+        self.steps.announce(timestep)
+        gate, index = self.schedule.gate_step, self.steps.index
+        if self.loop == self.steps.loop and self._last is not None and gate is not None:
+            captured_at = int(gate) - 1
+            if self._last < captured_at < index:
+                self.schedule = self.schedule.begun_at(index)
+
+    def note(self, started: Any, phase: str, rows: int, compiled: int) -> None:
+        """Note the call that has ended, beside the step that it is for."""
+        self.steps.clock.stop_companion(started, self.steps.begun - 1, compiled)
