@@ -45,12 +45,11 @@ class RepeatedLoop(StableDiffusionPipeline):
 
 
 class Windows(RepeatedLoop):
-    """Sets the timesteps anew for each loop, which leaves the last of them out, and says how many there are in all."""
+    """Sets the timesteps anew for each loop, which leaves the last of them out."""
 
     @torch.no_grad()
     def __call__(self) -> torch.Tensor:
         latents, texts = torch.ones(1, 4, 8, 8), torch.randn(2, 1, 7, tiny.TEXT_WIDTH)
-        self._num_timesteps = 10
         for text in texts:
             self.scheduler.set_timesteps(5)
             for t in self.scheduler.timesteps[:-1]:
@@ -115,6 +114,16 @@ def test_loops_of_different_lengths() -> None:
 def test_a_loop_begins_when_timesteps_are_set_anew(gate: float) -> None:
     pipe = tgate_fx.gate(Windows(**tiny.make("sd-small").components, requires_safety_checker=False), gate_step=gate)
     pipe()
+    phases = [step.phase for step in tgate_fx.report(pipe).steps]
+    assert phases == (["pre-gate"] * 2 + ["post-gate"] * 2) * 2
+
+
+@pytest.mark.slow
+def test_steps_that_are_counted_for_all_loops_together() -> None:
+    ltx2_refined = pytest.importorskip("tests.zoo.ltx2_refined", exc_type=ImportError)
+    pipe = tgate_fx.gate(ltx2_refined.refine(), gate_step=0.4)
+    pipe(**ltx2_refined.refined())
+    assert pipe.num_timesteps == 8
     phases = [step.phase for step in tgate_fx.report(pipe).steps]
     assert phases == (["pre-gate"] * 2 + ["post-gate"] * 2) * 2
 

@@ -75,7 +75,6 @@ class Run:
         inputs = dict(zip(self.network.dispatch.parameters, args, strict=False))
         inputs.update(kwargs)
         _, latents = latents_of(inputs)
-        started = self.steps.clock.start(latents.device)
         guided = self.guided
         call = self._guidance.place(inputs, guided)
         if call == 0:
@@ -85,10 +84,8 @@ class Run:
         if call >= self._guidance.calls and self.schedule.caches:
             self.steps.refuse_call()
         index = self.steps.index
-        if index == self._first and guided and self.steps.will_gate:
-            self._guidance.check(inputs, latents)
-        elif index == self._first + 1 and call == 0 and guided and self.steps.will_gate:
-            self._guidance.check_complete()
+        if guided and self.steps.will_gate:
+            self._verify(index, call, inputs, latents)
         step = self.schedule.at(index)
         if guided and self.steps.will_gate and not step.gated:
             self._check_rows(latents.shape[0])
@@ -96,6 +93,7 @@ class Run:
         self.branch_sliced = one_branch and guided
         if one_branch and call:
             return self._answer
+        started = self.steps.clock.start(latents.device)
         rows = latents.shape[0]
         if self.branch_sliced:
             inputs = self._guidance.one_branch(inputs, rows)
@@ -149,7 +147,17 @@ class Run:
         self._cached: list[list[Sequence[torch.Tensor]]] = [[()] * len(Kind) for _ in _SLOTS]
         self._cached_for: list[list[tuple[int, ...]]] = [[()] * len(Kind) for _ in _SLOTS]  # the shape of the latents
         self._guided_rows = 0
+        self._first_guided: int | None = None
         self._slot = 0  # from the gate on, where one branch goes on
+
+    def _verify(self, index: int, call: int, inputs: Mapping[str, Any], latents: torch.Tensor) -> None:
+        """See at the first guided step that the branches arrive as is assumed, and at the next one that all did."""
+        if self._first_guided is None:
+            self._first_guided = index
+        if index == self._first_guided:
+            self._guidance.check(inputs, latents)
+        elif index == self._first_guided + 1 and call == 0:
+            self._guidance.check_complete()
 
     def _check_rows(self, rows: int) -> None:
         """Raise `UnsupportedError` if a guided step has other rows than the first one: it is not guided after all."""

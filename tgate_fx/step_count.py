@@ -8,18 +8,20 @@ from typing import Any
 
 from . import private
 
+# Pipelines that record the steps of all their loops together.
+_RECORD_ALL_LOOPS = frozenset(("LTX2DFRTemporalRefinePipeline",))
+
 
 def step_count(pipe: Any) -> int | None:
     """Return how many times the denoising loop that has just begun will call the denoiser, or None if unknown.
 
     Pipelines that cut their timesteps short (image-to-image, ``denoising_end``) record the number that is left; the
-    others run all of their scheduler's timesteps from its begin index on. A number that is larger than that counts the
-    steps of several loops.
+    others run all of their scheduler's timesteps from its begin index on.
     """
     recorded = vars(pipe).get(private.STEP_COUNT, getattr(pipe, "num_timesteps", None))
+    if recorded is not None and not {base.__name__ for base in type(pipe).__mro__} & _RECORD_ALL_LOOPS:
+        return int(recorded)
     timesteps = getattr(pipe.scheduler, "timesteps", None)
-    if recorded is not None:
-        return int(recorded) if timesteps is None else min(int(recorded), len(timesteps))
     if timesteps is None:
         return None
     return len(timesteps) - (getattr(pipe.scheduler, "begin_index", None) or 0)
