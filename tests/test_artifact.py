@@ -146,7 +146,6 @@ def test_packages_without_freezing_read_the_pipelines_own_weights(tmp_path: Path
 @pytest.mark.parametrize(
     ("family", "settings", "phases"),
     [
-        ("sdxl-small", {"after_gate": "both"}, 2),
         ("sd-small", {"deepcache": tgate_fx.DeepCache(interval=2, branch=0)}, 4),
     ],
 )

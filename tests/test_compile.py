@@ -159,9 +159,10 @@ def test_more_changes_of_a_module_than_the_recompile_limit(backend: CountingBack
             assert tgate_fx.report(pipe).compiled_graphs == change + 1
 
 
-@pytest.mark.parametrize("family", tiny.slow_but(("sd-small",), ("sd-small", "sd")))
-def test_dynamic_shapes_share_one_pair_of_graphs(family: str, backend: CountingBackend) -> None:
+@pytest.mark.slow
+def test_dynamic_shapes_share_one_pair_of_graphs(backend: CountingBackend) -> None:
     """Squares and rectangles, whichever comes first."""
+    family = "sd-small"
     pipe = compiled(family, backend, dynamic=True)
     eager = tgate_fx.gate(tiny.make(family), gate_step=2)
     for height, width in ((32, 32), (24, 32), (48, 16), (16, 16)):

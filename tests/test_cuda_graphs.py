@@ -28,7 +28,7 @@ EVERY = [
     *[
         pytest.param(*setting, marks=pytest.mark.slow)
         for setting in (
-            *[(family, _INTERVALS) for family in ("sd-small", "sd", "sdxl", "pixart-alpha", "svd")],
+            ("sd-small", _INTERVALS),
             ("sd", {"deepcache": _DEEPCACHE}),
             ("sdxl", {"deepcache": _DEEPCACHE}),
             ("sdxl", {"after_gate": "positive"}),

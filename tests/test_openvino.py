@@ -18,7 +18,6 @@ from tgate_fx.compiled.settings import CompileSettings
 @pytest.mark.parametrize(
     ("family", "settings"),
     [
-        pytest.param("sdxl", {"after_gate": "both"}, marks=pytest.mark.slow),
         pytest.param("sd-small", {}, marks=pytest.mark.slow),
         pytest.param("pixart-alpha-256", {"sp_interval": 2, "fi_interval": 2}, marks=pytest.mark.slow),
         pytest.param("sd", {"deepcache": tgate_fx.DeepCache(2, 0)}, marks=pytest.mark.slow),
