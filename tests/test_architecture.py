@@ -26,9 +26,9 @@ step_count report steps phases run companions companion_run
 gated
 compiled.cpu compiled.checksum compiled.settings compiled.openvino
 compiled.freed_graphs compiled.frozen_weights compiled.dead_code compiled.onednn compiled.backend
-compiled.guard_policy compiled.variant compiled.whole compiled.regional
+compiled.guard_policy compiled.untraceable compiled.lora_scales compiled.variant compiled.whole compiled.regional
 phase_graph ladder
-pipeline warmup loaders
+pipeline warmup loaders hand_written
 artifact.private artifact.weights_file artifact.fingerprint artifact.manifest artifact.packaged
 artifact.save artifact.load
 tgate_fx
@@ -53,6 +53,7 @@ INHERITED = frozenset(
         "_module",
         "_sites",
         "_settings",
+        "_scales",
         "_variants",
         "_device",
         "_call_variant",

@@ -318,6 +318,19 @@ def test_without_the_name_of_what_resets_caches_nothing_is_put_on_a_model(monkey
     assert set(vars(without)) == before
 
 
+def test_without_the_names_of_hooks_none_are_seen() -> None:
+    keeps, moves = SimpleNamespace(_is_stateful=True), SimpleNamespace(_is_stateful=False)
+    module = nn.Linear(1, 1)
+    vars(module).update(_diffusers_hook=SimpleNamespace(hooks={"a_cache": keeps, "group_offloading": moves}))
+    assert private.caching_hooks(module) == ["a_cache"]
+    assert private.untraceable(module) == ["group_offloading"]
+    vars(module).update(_hf_hook=object())
+    assert private.untraceable(module) == ["group_offloading", "accelerate"]
+    without = nn.Linear(1, 1)
+    vars(without).update(of_another_name=SimpleNamespace(hooks={"a_cache": keeps, "group_offloading": moves}))
+    assert private.caching_hooks(without) == private.untraceable(without) == []
+
+
 def test_without_versions_bits_are_read_all_the_same() -> None:
     weight = nn.Parameter(torch.ones(2))
     assert private.version_of(weight) is not None  # its _version

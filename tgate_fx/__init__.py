@@ -4,6 +4,7 @@ from .artifact.load import load
 from .artifact.save import save
 from .deepcache import DeepCache
 from .errors import ArgumentError, CompileError, StateError, TGateError, UnsupportedError
+from .hand_written import generation
 from .loaders import (
     TgatePixArtAlphaLoader,
     TgatePixArtLoader,
@@ -44,6 +45,7 @@ __all__ = [
     "compile",
     "disabled",
     "gate",
+    "generation",
     "graphs",
     "load",
     "report",

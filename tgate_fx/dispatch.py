@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -25,6 +26,10 @@ COPIED = "copied"
 RunStep = Callable[[Sequence[Any], Mapping[str, Any]], Any]  # one call of the denoiser, by its args and kwargs
 
 
+# How far up the stack the caller of the denoiser is: beyond this, and three functions of torch.nn.Module.
+_OUTSIDE_OF_TORCH = 4
+
+
 class _Running(threading.local):
     """What takes the calls of each dispatch, for the generations that this thread is in the middle of."""
 
@@ -33,6 +38,18 @@ class _Running(threading.local):
 
 
 _running = _Running()
+
+
+def _within_a_pipeline() -> bool:
+    """Return whether a pipeline is being called: another one may share the denoiser, and is not gated."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "__call__":
+            bases = type(frame.f_locals.get("self")).__mro__
+            if any(base.__name__ == "DiffusionPipeline" for base in bases):  # diffusers takes seconds to import
+                return True
+        frame = frame.f_back
+    return False
 
 
 class Dispatch(ForwardPatch):
@@ -54,6 +71,7 @@ class Dispatch(ForwardPatch):
         self.__signature__ = inspect.signature(denoiser.forward)
         self.parameters = tuple(self.__signature__.parameters)
         self.owners: set[object] = set()
+        self._warned = False
         self.lock = threading.RLock()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -61,6 +79,14 @@ class Dispatch(ForwardPatch):
         if torch.compiler.is_dynamo_compiling():  # somebody else's graph around this denoiser
             return self.original_forward(*args, **kwargs)
         run_step = _running.by_dispatch.get(id(self))
+        if run_step is None and not self._warned and self.owners - {SPLIT, COPIED} and not _within_a_pipeline():
+            self._warned = True
+            warnings.warn(
+                f"The {type(self._module).__name__} of a gated pipeline was called outside of a generation, and ran "
+                "ungated: expected calls of the pipeline. Around a loop of your own use tgate_fx.generation(pipe, "
+                "steps, guided=...).",
+                stacklevel=_OUTSIDE_OF_TORCH,
+            )
         with self.lock:
             return self.original_forward(*args, **kwargs) if run_step is None else run_step(args, kwargs)
 

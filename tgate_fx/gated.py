@@ -15,7 +15,7 @@ import torch
 from .companion_run import CompanionRun
 from .companions import only_conditional
 from .errors import StateError
-from .guidance import check_known_guidance, check_settings
+from .guidance import check_known_guidance, check_settings, guidance_is_on
 from .network import Network
 from .phases import Phases
 from .run import GatedNetwork, Run
@@ -107,6 +107,7 @@ class Gated:
             )
         with self.one_at_a_time():
             for each in self.all:
+                each.phases.detach()
                 each.network.detach(self)
             pipe.__class__ = self._plain_class
             for name in self._attributes:
@@ -123,29 +124,44 @@ class Gated:
             schedule = dataclasses.replace(schedule, after_gate="positive")  # the other branch has zeros in their place
         if schedule.caches:
             check_settings(pipe, bound)
+        steps = Steps(
+            pipe,
+            schedule,
+            guided=functools.partial(guidance_is_on, pipe, bound("guidance_scale")),
+            count=functools.partial(step_count, pipe),
+            calls_back=bound("callback_on_step_end") is not None or bound("callback") is not None,
+            only_conditional=control_is_conditional,
+        )
+        with self.generation(pipe, steps):
+            return call(pipe, *args, **kwargs)
+
+    @contextmanager
+    def generation(self, pipe: Any, steps: Steps) -> Iterator[None]:
+        """Context manager: what the networks are called with is one generation.
+
+        Raises:
+            StateError: the pipeline is not as it was when it was gated, is in the middle of another generation, or did
+                not call its denoiser.
+            UnsupportedError: it cannot be gated as it is now.
+        """
         with self.one_at_a_time():
-            calls_back = bound("callback_on_step_end") is not None or bound("callback") is not None
             for each in self.all:
                 each.network.check_unchanged(pipe)
             for each in self.networks:
-                each.network.check_schedule(schedule)
-            steps = self.steps = Steps(
-                pipe,
-                schedule,
-                bound("guidance_scale"),
-                calls_back=calls_back,
-                only_conditional=control_is_conditional,
-            )
+                each.network.check_schedule(steps.schedule)
+            self.steps = steps
             self.runs = [Run(each, steps) for each in self.networks]
             companions = [CompanionRun(each, steps) for each in self.companions]
             for each in self.all:
-                each.phases.begin(pipe, self._base, calls_back=calls_back)
+                each.phases.begin(pipe, self._base, calls_back=steps.calls_back)
             with ExitStack() as stack:
+                for each in self.all:
+                    stack.callback(each.phases.end)
                 for run in (*self.runs, *companions):
                     stack.callback(run.end)
                     stack.enter_context(run.network.dispatch.running(run.step))
                 stack.enter_context(fresh_step_count(pipe))
-                result = call(pipe, *args, **kwargs)
+                yield
             # A generation may rightly end before its first step: interrupted, or with too little strength for one.
             idle = all(run.device is None for run in self.runs)
             if idle and not getattr(pipe, "interrupt", False) and step_count(pipe) != 0:
@@ -154,7 +170,6 @@ class Gated:
                     "tgate_fx, so nothing was gated: expected the forward of the denoiser to be the one that was "
                     "gated. Call tgate_fx.restore(pipe) and gate it again after whatever replaced it."
                 )
-            return result
 
     @property
     def all(self) -> tuple[GatedNetwork, ...]:

@@ -96,6 +96,7 @@ class Network:
         for name in self.attribute.split("."):  # a companion's may be an item of a list
             module = getattr(module, name, None)
         if isinstance(module, nn.Module):
+            module = unwrapped(module)
             check_plain(self.attribute, module)
         if module is not self.module:
             raise StateError(
@@ -111,7 +112,7 @@ def denoisers_of(pipe: Any) -> dict[str, nn.Module]:
         UnsupportedError: there is none, or one cannot be gated as it is.
     """
     found = {name: getattr(pipe, name, None) for name in _DENOISERS}
-    denoisers = {name: denoiser for name, denoiser in found.items() if isinstance(denoiser, nn.Module)}
+    denoisers = {name: unwrapped(denoiser) for name, denoiser in found.items() if isinstance(denoiser, nn.Module)}
     for name, denoiser in denoisers.items():
         check_plain(name, denoiser)
     if not denoisers:
@@ -120,6 +121,12 @@ def denoisers_of(pipe: Any) -> dict[str, nn.Module]:
             "gate. Use the pipeline as it is."
         )
     return denoisers
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Return the model within peft's wrapper, which calls that model's forward; another module as it is."""
+    base = getattr(module, "get_base_model", None)
+    return module if base is None else base()
 
 
 def networks_of(pipe: Any, deepcache: DeepCache | None = None) -> list[Network]:
@@ -147,16 +154,34 @@ def check_plain(attribute: str, denoiser: nn.Module) -> None:
     """Raise `UnsupportedError` if something else runs this denoiser, past any forward that is put on it."""
     check_not_compiled(attribute, denoiser)
     _check_no_deepcache_helper(denoiser)
+    _check_no_cache(attribute, denoiser)
 
 
 def check_not_compiled(attribute: str, denoiser: nn.Module) -> None:
-    """Raise `UnsupportedError` if torch.compile runs this module already, past any instance-level forward."""
-    if private.is_compiled_in_place(denoiser):
-        raise UnsupportedError(
-            f"pipe.{attribute} is compiled by torch.compile already, so its gate would never be seen: expected the "
-            "plain module. Load the pipeline without compiling it, then call tgate_fx.compile(pipe), which compiles "
-            "each phase."
-        )
+    """Raise `UnsupportedError` if torch.compile runs this module or one in it, past any instance-level forward."""
+    for name, module in denoiser.named_modules():
+        if private.is_compiled_in_place(module):
+            part = f"{attribute}.{name}" if name else attribute
+            instead = (
+                "tgate_fx.compile(pipe, regional=True), which compiles blocks" if name else "tgate_fx.compile(pipe)"
+            )
+            raise UnsupportedError(
+                f"pipe.{part} is compiled by torch.compile already, so that its gate would never be seen, or make it "
+                "compile again and again: expected the plain module. Load the pipeline without compiling it, then call "
+                f"{instead}."
+            )
+
+
+def _check_no_cache(attribute: str, denoiser: nn.Module) -> None:
+    """Raise `UnsupportedError` if one of diffusers' caches is enabled on this denoiser."""
+    for name, module in denoiser.named_modules():
+        hooks = private.caching_hooks(module)
+        if hooks:
+            on = f"pipe.{attribute}.{name}" if name else f"pipe.{attribute}"
+            raise UnsupportedError(
+                f"{', '.join(hooks)} is enabled on {on}: expected no cache but the gate's, since each would leave out "
+                f"what the other counts on. Call pipe.{attribute}.disable_cache(), or use the pipeline ungated."
+            )
 
 
 def _check_no_deepcache_helper(denoiser: nn.Module) -> None:

@@ -65,6 +65,12 @@ class Phases(abc.ABC):
             UnsupportedError: something on the denoiser would be ignored.
         """
 
+    def end(self) -> None:  # noqa: B027  (most need nothing there)
+        """End a generation, even one that failed."""
+
+    def detach(self) -> None:  # noqa: B027  (most need nothing there)
+        """Take back what this changed on the denoiser's modules; what `attach` put there comes off with the sites."""
+
     @abc.abstractmethod
     def __call__(self, step: Step, cache: Cache, inputs: dict[str, Any]) -> PhaseResult:
         """Run one step.

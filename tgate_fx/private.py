@@ -55,6 +55,8 @@ _REQUIRED = {
     _FAIL_AT_LIMIT: ("to compare with torch.compile alone", "leave that out"),
 }
 
+_UNTRACEABLE_HOOKS = ("group_offloading", "layerwise_casting")
+
 _own_lock = threading.RLock()
 
 
@@ -98,7 +100,30 @@ def is_compiled_in_place(module: nn.Module) -> bool:
     """Return whether torch.compile runs this module, past any forward that is put on it. Without the names: the gate is
     refused after a generation that went past it.
     """
-    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+    state = vars(module)  # asked of every module at every generation, where getattr would take long to find nothing
+    return "_orig_mod" in state.get("_modules", ()) or state.get("_compiled_call_impl") is not None
+
+
+def caching_hooks(module: nn.Module) -> list[str]:
+    """Return the names of diffusers' hooks on a module that keep something from one step for the next: its caches.
+    Without the names: none are seen, and what a cache leaves out is noticed where it disagrees with the gate.
+    """
+    hooks = getattr(vars(module).get("_diffusers_hook"), "hooks", {})
+    return [name for name, hook in hooks.items() if getattr(hook, "_is_stateful", False)]
+
+
+def untraceable(module: nn.Module) -> list[str]:
+    """Return what is on a module that Dynamo cannot trace: "accelerate" for a hook of its, and the names of diffusers'
+    hooks and of tomesd's class. Without the names: the first generation raises a `CompileError` that names the cause in
+    Dynamo's words.
+    """
+    state = vars(module)
+    found = [name for name in getattr(state.get("_diffusers_hook"), "hooks", ()) if name in _UNTRACEABLE_HOOKS]
+    if state.get("_hf_hook") is not None:
+        found.append("accelerate")
+    if type(module).__name__ == "ToMeBlock":
+        found.append("ToMeBlock")
+    return found
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from .errors import UnsupportedError
-from .guidance import guidance_is_on
 from .report import StepClock
 from .schedule import Schedule
-from .step_count import step_count
 
 
 class Steps:
     """The steps of one generation.
 
     Args:
-        pipe: the pipeline, in the middle of its own ``__call__``.
+        pipe: the pipeline, in the middle of its own ``__call__`` or of a loop of the user's.
         schedule: which phase each step is in.
-        guidance_scale: as bound by the call, for pipelines without ``do_classifier_free_guidance``.
+        guided: tells whether there is guidance now.
+        count: tells how many steps the loop that has just begun will have, None if it is not known.
         calls_back: whether a callback of the user's runs between steps.
         only_conditional: whether companions are given the conditional branch alone.
 
@@ -32,10 +32,18 @@ class Steps:
     """
 
     def __init__(
-        self, pipe: Any, schedule: Schedule, guidance_scale: Any, *, calls_back: bool, only_conditional: bool
+        self,
+        pipe: Any,
+        schedule: Schedule,
+        *,
+        guided: Callable[[], bool],
+        count: Callable[[], int | None],
+        calls_back: bool,
+        only_conditional: bool,
     ) -> None:
         self._pipe = pipe
-        self._guidance_scale = guidance_scale
+        self._guided = guided
+        self._count = count
         self._given = schedule
         self._expected: int | None = None
         self._timesteps: Any = None
@@ -57,7 +65,7 @@ class Steps:
     @property
     def guided(self) -> bool:
         """Whether the pipeline guides now."""
-        return guidance_is_on(self._pipe, self._guidance_scale)
+        return self._guided()
 
     @property
     def will_gate(self) -> bool:
@@ -99,7 +107,7 @@ class Steps:
     def _begin_loop(self, timestep: Any) -> None:
         self._first_timestep = timestep
         self._timesteps = self._scheduled()
-        self._expected = step_count(self._pipe)
+        self._expected = self._count()
         self._loop_from = self.begun
         self.schedule = self._given.resolve(self._expected)
         self.loop += 1

@@ -21,6 +21,7 @@ from ..schedule import Step
 from ..sites import Part, Site, Sites
 from ..split import Cache, PhaseResult, run_in_roles
 from .settings import CompileSettings
+from .untraceable import check_traceable
 from .variant import CompiledPhases, Variant
 
 
@@ -84,7 +85,7 @@ class RegionalPhases(CompiledPhases):
     """Runs each phase eagerly, and the repeated blocks in it through torch.compile, checking guards at every step."""
 
     def __init__(self, network: Network, settings: CompileSettings) -> None:
-        super().__init__(settings)
+        super().__init__(network.module, settings)
         self._network = network
 
     def attach(self) -> None:
@@ -95,9 +96,13 @@ class RegionalPhases(CompiledPhases):
     def begin(self, pipe: Any, pipeline_class: type[Any], *, calls_back: bool) -> None:
         """Begin a generation; see `Phases`."""
         super().begin(pipe, pipeline_class, calls_back=calls_back)
+        for part in self._network.dispatch.sites.parts:
+            if isinstance(part, Region):
+                check_traceable(f"A {type(part.block).__name__} of pipe.{self._network.attribute}", part.block, part)
 
     def __call__(self, step: Step, cache: Cache, inputs: dict[str, Any]) -> PhaseResult:
         """Run one step; see `Phases`."""
+        inputs = self._scales.settle(inputs)
         self._device = latents_of(inputs)[1].device
         if self.uses_cuda_graphs(self._device):
             raise UnsupportedError(

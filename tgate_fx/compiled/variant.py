@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch import nn
 
 from .. import private
 from ..errors import CompileError, TGateError
@@ -19,6 +20,7 @@ from ..schedule import Step
 from .backend import PrunedBackend
 from .frozen_weights import FrozenWeights
 from .guard_policy import check_no_global_hooks
+from .lora_scales import LoraScales
 from .settings import CompileSettings
 
 
@@ -97,10 +99,11 @@ class CompiledPhases(Phases):
 
     is_compiled = True
 
-    def __init__(self, settings: CompileSettings) -> None:
+    def __init__(self, denoiser: nn.Module, settings: CompileSettings) -> None:
         inductor_mode = settings.mode is not None and settings.backend == "inductor"
         private.check_can_compile(dynamic=bool(settings.dynamic), inductor_mode=inductor_mode)
         self._settings = settings
+        self._scales = LoraScales(denoiser)
         self._variants: dict[object, Variant] = {}
         self._device = torch.device("cpu")
         self._compiled: set[Roles] = set()
@@ -125,8 +128,17 @@ class CompiledPhases(Phases):
     def begin(self, pipe: Any, pipeline_class: type[Any], *, calls_back: bool) -> None:
         """Begin a generation; see `Phases`."""
         check_no_global_hooks()
+        self._scales.begin(calls_back=calls_back)
         self._compiled_before = set(self._compiled)
         self.recompiles = 0
+
+    def end(self) -> None:
+        """End a generation; see `Phases`."""
+        self._scales.end()
+
+    def detach(self) -> None:
+        """Give LoRA layers their own scales back; see `Phases`."""
+        self._scales.give_back()
 
     def _call_variant(
         self, key: object, step: Step, new_variant: Callable[[], Variant], args: tuple[Any, ...]

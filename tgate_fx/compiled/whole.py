@@ -15,6 +15,7 @@ from ..split import Cache, PhaseResult
 from .frozen_weights import FrozenWeights
 from .guard_policy import runs_only_known_code
 from .settings import CompileSettings
+from .untraceable import check_traceable
 from .variant import CompiledPhases, Variant
 
 
@@ -31,7 +32,7 @@ class WholePhases(CompiledPhases):
     """
 
     def __init__(self, network: Network, settings: CompileSettings) -> None:
-        super().__init__(settings)
+        super().__init__(network.module, settings)
         if settings.dynamic and network.family.sizes_are_numbers:
             raise UnsupportedError(
                 f"dynamic=True was given for a {type(network.module).__name__}, which computes its position embeddings "
@@ -47,6 +48,7 @@ class WholePhases(CompiledPhases):
     def begin(self, pipe: Any, pipeline_class: type[Any], *, calls_back: bool) -> None:
         """Begin a generation; see `Phases`."""
         super().begin(pipe, pipeline_class, calls_back=calls_back)
+        check_traceable(f"pipe.{self._network.attribute}", self._network.module, self._network.dispatch)
         private.settle_cache_hooks(self._network.module)
         self._checks_once = not calls_back and runs_only_known_code(pipe, pipeline_class, self._network.module)
         self._checked = {}
@@ -54,7 +56,7 @@ class WholePhases(CompiledPhases):
 
     def __call__(self, step: Step, cache: Cache, inputs: dict[str, Any]) -> PhaseResult:
         """Run one step; see `Phases`."""
-        inputs, signature = canonical(inputs)
+        inputs, signature = canonical(self._scales.settle(inputs))
         signature = (signature, *map(id, cache), torch.is_inference_mode_enabled(), torch.is_grad_enabled())
         key = (step.roles, None if self._settings.dynamic else signature)
         variant = self._variants.get(key)

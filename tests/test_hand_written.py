@@ -1,0 +1,153 @@
+"""Loops written by hand around a gated pipeline's denoiser."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+import tgate_fx
+from tests import tiny
+from tests.conftest import CountingBackend
+from tests.test_refusals import says
+from tests.zoo import wan
+
+STEPS = 5
+GATE = 2
+KWARGS = {**tiny.inputs("sd-small"), "num_inference_steps": STEPS, "output_type": "latent", "guidance_scale": 4.0}
+
+
+@torch.no_grad()
+def texts(pipe: Any) -> torch.Tensor:
+    cond, uncond = pipe.encode_prompt(KWARGS["prompt"], torch.device("cpu"), 1, True)
+    return torch.cat([uncond, cond])
+
+
+def start(pipe: Any) -> torch.Tensor:
+    return torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+
+
+@torch.no_grad()
+def loop(pipe: Any, steps: int = STEPS) -> torch.Tensor:
+    """As diffusers' guide takes a pipeline apart."""
+    text, latents = texts(pipe), start(pipe)
+    pipe.scheduler.set_timesteps(steps)
+    for t in pipe.scheduler.timesteps:
+        uncond, cond = pipe.unet(torch.cat([latents, latents]), t, encoder_hidden_states=text).sample.chunk(2)
+        latents = pipe.scheduler.step(uncond + 4.0 * (cond - uncond), t, latents).prev_sample
+    return latents
+
+
+@pytest.mark.parametrize("gate", [GATE, 0.4])
+def test_it_is_gated_as_the_pipelines_own_loop(gate: float, backend: CountingBackend) -> None:
+    expected = tgate_fx.gate(tiny.make("sd-small"), gate)(**KWARGS, latents=start(None)).images
+    for put in (tgate_fx.gate, lambda *given: tgate_fx.compile(*given, backend=backend)):
+        pipe = put(tiny.make("sd-small"), gate)
+        for _ in range(2):
+            with tgate_fx.generation(pipe, STEPS, guided=True):
+                assert torch.equal(loop(pipe), expected)
+        report = tgate_fx.report(pipe)
+        assert report.gate == GATE
+        assert [step.batch for step in report.steps] == [2, 2, 1, 1, 1]
+    assert len(backend.graphs) == 2
+
+
+@torch.no_grad()
+def video_loop(pipe: Any) -> torch.Tensor:
+    given = wan.inputs()
+    latents = torch.randn(1, 16, 2, 2, 2, generator=given["generator"])
+    pipe.scheduler.set_timesteps(4)
+    for t in pipe.scheduler.timesteps:
+        timestep = t.expand(1)
+        cond, uncond = (
+            pipe.transformer(latents, timestep, given[f"{name}prompt_embeds"], return_dict=False)[0]
+            for name in ("", "negative_")
+        )
+        latents = pipe.scheduler.step(uncond + 4.0 * (cond - uncond), t, latents, return_dict=False)[0]
+    return latents
+
+
+def test_separate_calls_of_a_step_have_the_same_timestep() -> None:
+    expected = tgate_fx.gate(wan.text_to_video(), GATE)(**wan.inputs()).frames
+    pipe = tgate_fx.gate(wan.text_to_video(), GATE)
+    with tgate_fx.generation(pipe, 4, guided=True):
+        assert torch.equal(video_loop(pipe), expected)
+    assert [step.calls for step in tgate_fx.report(pipe).steps] == [2, 2, 1, 1]
+
+
+def test_without_guidance() -> None:
+    @torch.no_grad()
+    def generate(pipe: Any) -> torch.Tensor:
+        latents, text = start(pipe), texts(pipe)[1:]
+        pipe.scheduler.set_timesteps(STEPS)
+        for t in pipe.scheduler.timesteps:
+            latents = pipe.scheduler.step(pipe.unet(latents, t, text).sample, t, latents).prev_sample
+        return latents
+
+    expected = tgate_fx.gate(tiny.make("sd-small"), GATE)(**{**KWARGS, "guidance_scale": 1.0}, latents=start(None))
+    pipe = tgate_fx.gate(tiny.make("sd-small"), GATE)
+    with tgate_fx.generation(pipe, STEPS, guided=False):
+        assert torch.equal(generate(pipe), expected.images)
+
+
+def test_disabled_it_is_the_plain_loop() -> None:
+    expected = loop(tiny.make("sd-small"))
+    pipe = tgate_fx.gate(tiny.make("sd-small"), GATE)
+    with tgate_fx.disabled(pipe), tgate_fx.generation(pipe, STEPS, guided=True):
+        assert torch.equal(loop(pipe), expected)
+
+
+def test_what_it_refuses() -> None:
+    pipe = tiny.make("sd-small")
+    with pytest.raises(tgate_fx.StateError, match=says("is not gated", "tgate_fx.gate")), _generation(pipe):
+        pass
+    tgate_fx.gate(pipe, GATE)
+    expected = pipe(**KWARGS, latents=start(pipe)).images
+    for steps in (0, True, 2.0):
+        with (
+            pytest.raises(tgate_fx.ArgumentError, match=says(f"steps={steps!r}", "an int ≥ 1")),
+            _generation(pipe, steps),
+        ):
+            pass
+    with (
+        pytest.raises(tgate_fx.ArgumentError, match=says("guided=7.5", "expected True")),
+        _generation(pipe, guided=7.5),
+    ):
+        pass
+    with pytest.raises(tgate_fx.StateError, match=says("without a call of pipe.unet")), _generation(pipe):
+        pass
+    with pytest.raises(tgate_fx.UnsupportedError, match="began step 3 of a loop of 3"), _generation(pipe, 3):
+        loop(pipe)
+    with pytest.raises(tgate_fx.StateError, match="in the middle of a generation"), _generation(pipe):
+        pipe(**KWARGS)
+    with pytest.raises(RuntimeError, match="of the loop's own"), _generation(pipe):
+        raise RuntimeError("of the loop's own")
+    assert torch.equal(pipe(**KWARGS, latents=start(pipe)).images, expected)
+
+
+def _generation(pipe: Any, steps: Any = STEPS, guided: Any = True) -> Any:
+    return tgate_fx.generation(pipe, steps, guided=guided)
+
+
+def test_a_call_outside_of_a_generation_is_said_once() -> None:
+    expected = loop(tiny.make("sd-small"))
+    pipe = tgate_fx.gate(tiny.make("sd-small"), GATE)
+    with pytest.warns(UserWarning, match=says("UNet2DConditionModel", "ran ungated", "tgate_fx.generation")) as said:
+        assert torch.equal(loop(pipe), expected)
+    assert len(said) == 1
+    assert said[0].filename == __file__
+    assert torch.equal(loop(pipe), expected)
+    tgate_fx.restore(pipe)
+    assert torch.equal(loop(pipe), expected)
+
+
+def test_other_pipelines_may_share_the_denoiser() -> None:
+    pipe = tgate_fx.gate(tiny.make("sd-small"), GATE)
+    other = StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.isfinite(other(**KWARGS).images).all()

@@ -1,0 +1,170 @@
+"""LoRA: every way of loading and changing it, against a fresh pipeline, and the graphs that a change takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import tgate_fx
+from tests import tiny
+from tests.conftest import CountingBackend
+from tests.test_compile import relative_error
+
+peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")
+
+GATE = 2
+KWARGS = {**tiny.inputs("sd-small"), "num_inference_steps": 4}
+
+
+def lora(seed: int, rank: int = 2) -> dict[str, torch.Tensor]:
+    """The weights of a LoRA for the small UNet, as `load_lora_weights` takes them."""
+    unet = tiny.make("sd-small").unet
+    torch.manual_seed(seed)
+    targets = ["to_q", "to_v", "ff.net.2", "conv1"]
+    unet.add_adapter(peft.LoraConfig(r=rank, target_modules=targets, init_lora_weights=False), "a")
+    weights = peft.get_peft_model_state_dict(unet, adapter_name="a")
+    return {f"unet.{name}": weight.clone() for name, weight in weights.items()}
+
+
+def load(pipe: Any, name: str, seed: int = 1, **settings: Any) -> None:
+    pipe.load_lora_weights(lora(seed), adapter_name=name, **settings)
+
+
+def run(pipe: Any, **changes: Any) -> torch.Tensor:
+    return tiny.latents(pipe, **KWARGS, **changes)
+
+
+EVENTS: list[Callable[[Any], Any]] = [
+    lambda pipe: load(pipe, "one"),
+    lambda pipe: pipe.set_adapters(["one"], [0.3]),
+    lambda pipe: load(pipe, "two", 2),
+    lambda pipe: pipe.set_adapters(["one", "two"], [0.7, 0.4]),
+    lambda pipe: pipe.set_adapters(["two"], [1.5]),
+    lambda pipe: pipe.disable_lora(),
+    lambda pipe: pipe.enable_lora(),
+    lambda pipe: pipe.fuse_lora(),
+    lambda pipe: pipe.unfuse_lora(),
+    lambda pipe: pipe.delete_adapters("one"),
+    lambda pipe: pipe.unload_lora_weights(),
+]
+
+
+@pytest.mark.parametrize("how", ["gate", pytest.param("compile", marks=pytest.mark.slow)])
+def test_every_event_is_exact(how: str) -> None:
+    plain = tiny.make("sd-small")
+    pipe = tiny.make("sd-small")
+    if how == "gate":
+        tgate_fx.gate(pipe, GATE)
+    else:
+        tgate_fx.compile(pipe, GATE, backend="eager")
+    before = run(pipe)
+    results = []
+    for event in EVENTS:
+        event(plain)
+        event(pipe)
+        tgate_fx.gate(plain, GATE)
+        results.append(run(pipe))
+        assert relative_error(results[-1], run(plain)) < 1e-5
+        tgate_fx.restore(plain)
+    assert not torch.equal(results[0], before)
+    assert relative_error(results[-1], before) < 1e-5  # fusing and unfusing rounds
+
+
+@pytest.mark.parametrize("regional", [False, True])
+def test_no_weight_of_an_adapter_takes_a_graph(regional: bool, backend: CountingBackend) -> None:
+    pipe, eager = tiny.make("sd-small"), tiny.make("sd-small")
+    for each in (pipe, eager):
+        load(each, "one")
+    tgate_fx.compile(pipe, GATE, backend=backend, regional=regional)
+    tgate_fx.gate(eager, GATE)
+    results = []
+    for weight in (1.0, 0.3, 0.8, -0.5, 0.0):
+        for each in (pipe, eager):
+            each.set_adapters(["one"], [weight])
+        results.append(run(pipe))
+        assert relative_error(results[-1], run(eager)) < 1e-5
+        assert len(backend.graphs) == 2
+    assert not any(torch.equal(results[0], other) for other in results[1:])
+
+
+def test_no_scale_of_a_call_takes_a_graph(backend: CountingBackend) -> None:
+    pipe, eager = tiny.make("sd-small"), tiny.make("sd-small")
+    for each in (pipe, eager):
+        load(each, "one")
+        each.set_adapters(["one"], [0.7])
+    tgate_fx.compile(pipe, GATE, backend=backend)
+    tgate_fx.gate(eager, GATE)
+    expected = run(pipe)
+    for scale in (0.3, 1.0, 0.5, 2.0):
+        scaled = {"cross_attention_kwargs": {"scale": scale}}
+        assert relative_error(run(pipe, **scaled), run(eager, **scaled)) < 1e-5
+        assert torch.equal(run(pipe), expected)  # and the layers have their own scales again
+    assert len(backend.graphs) == 2
+
+
+def test_a_weight_that_changes_between_steps(backend: CountingBackend) -> None:
+    pipe, eager = tiny.make("sd-small"), tiny.make("sd-small")
+    tgate_fx.compile(pipe, GATE, backend=backend)
+    tgate_fx.gate(eager, GATE)
+
+    def callback(pipe: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        pipe.set_adapters(["one"], [0.2 * index])
+        return {}
+
+    for each in (pipe, eager):
+        load(each, "one")
+    results = [
+        run(each, callback_on_step_end=callback, cross_attention_kwargs={"scale": 0.5}) for each in (pipe, eager)
+    ]
+    assert relative_error(*results) < 1e-5
+    assert len(backend.graphs) == 2
+
+
+def test_hotswap_and_then_other_weights(backend: CountingBackend) -> None:
+    pipe = tiny.make("sd-small")
+    pipe.enable_lora_hotswap(target_rank=4)
+    load(pipe, "one")
+    tgate_fx.compile(pipe, GATE, backend=backend)
+    run(pipe)
+    for seed, weight in ((2, 1.0), (3, 0.4), (4, 0.9)):
+        load(pipe, "one", seed, hotswap=True)
+        pipe.set_adapters(["one"], [weight])
+        got = run(pipe)
+        fresh = tiny.make("sd-small")
+        load(fresh, "one", seed)
+        fresh.set_adapters(["one"], [weight])
+        assert relative_error(got, run(tgate_fx.gate(fresh, GATE))) < 1e-5
+    assert len(backend.graphs) == 2
+
+
+def test_restored_layers_have_plain_numbers_again() -> None:
+    pipe = tiny.make("sd-small")
+    load(pipe, "one")
+    pipe.set_adapters(["one"], [0.3])
+    layers = [module for module in pipe.unet.modules() if hasattr(module, "lora_A")]
+    before = [dict(layer.scaling) for layer in layers]
+    expected = run(pipe)
+    tgate_fx.compile(pipe, GATE, backend="eager")
+    run(pipe, cross_attention_kwargs={"scale": 0.5})
+    assert all(isinstance(layer.scaling["one"], torch.Tensor) for layer in layers)
+    tgate_fx.restore(pipe)
+    assert [dict(layer.scaling) for layer in layers] == before
+    assert torch.equal(run(pipe), expected)
+
+
+def test_an_error_leaves_every_scale_as_it_was() -> None:
+    pipe = tiny.make("sd-small")
+    load(pipe, "one")
+    tgate_fx.compile(pipe, GATE, backend="eager")
+    expected = run(pipe)
+
+    def callback(pipe: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        run(pipe, callback_on_step_end=callback, cross_attention_kwargs={"scale": 0.5})
+    assert torch.equal(run(pipe), expected)

@@ -1,0 +1,111 @@
+"""The scales of LoRA layers as tensors, so that another scale needs no other graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+_SCALE = "scale"  # within cross_attention_kwargs, or attention_kwargs
+
+
+class LoraScales:
+    """Keeps the scales of a denoiser's LoRA layers (peft's) in tensors that stay where they are.
+
+    ``set_adapters`` puts plain numbers there, which torch.compile takes for constants; peft's own
+    ``prepare_model_for_compiled_hotswap`` turns them into tensors once, until the next ``set_adapters``. The scale that
+    a call gives for all layers is applied here too, and not within the graph.
+    """
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        self._denoiser = denoiser
+        self._tensors: dict[tuple[nn.Module, str], torch.Tensor] = {}
+        self._numbers: dict[tuple[nn.Module, str], float] = {}  # what was there before
+        self._unscaled: list[tuple[torch.Tensor, torch.Tensor]] = []  # tensors that are scaled now, and what they were
+        self._factor: Any = 1.0
+        self._is_due = False
+        self._calls_back = False
+
+    def begin(self, *, calls_back: bool) -> None:
+        """Begin a generation; ``calls_back`` if scales may change between its steps."""
+        self._is_due = True
+        self._calls_back = calls_back
+
+    def settle(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """See that every layer's scale is right for this step; return the inputs without the scale for all of them."""
+        if self._is_due or self._calls_back:
+            self._is_due = False
+            self._keep()
+        if not self._tensors:
+            return inputs
+        factor, inputs = _without_scale(inputs)
+        if factor != self._factor:
+            self._apply(factor)
+        return inputs
+
+    def end(self) -> None:
+        """End the generation: every layer has its own scale again."""
+        self._apply(1.0)
+
+    def give_back(self) -> None:
+        """Put back the numbers that were there before."""
+        for (layer, adapter), number in self._numbers.items():
+            tensor = self._tensors.get((layer, adapter))
+            if tensor is not None and layer.scaling.get(adapter) is tensor:  # type: ignore[operator, union-attr]
+                same = bool(tensor == number)
+                layer.scaling[adapter] = number if same else float(tensor)  # type: ignore[index, operator]
+        self._tensors, self._numbers = {}, {}
+
+    def _keep(self) -> None:
+        kept: dict[tuple[nn.Module, str], torch.Tensor] = {}
+        for layer, adapter, scale, device in self._scales():
+            key = (layer, adapter)
+            tensor = scale
+            if not isinstance(scale, torch.Tensor):
+                number = float(scale)
+                tensor = self._tensors.get(key)
+                if tensor is None or tensor.device != device:
+                    with torch.inference_mode(False):
+                        tensor = torch.tensor(number, device=device)
+                tensor.fill_(number * self._factor)
+                self._numbers[key] = number
+                layer.scaling[adapter] = tensor  # type: ignore[index, operator]
+                self._unscaled = [(each, was) for each, was in self._unscaled if each is not tensor]
+                if self._factor != 1.0:
+                    self._unscaled.append((tensor, torch.full_like(tensor, number)))
+            kept[key] = tensor
+        self._tensors = kept
+        self._numbers = {key: number for key, number in self._numbers.items() if key in kept}
+
+    def _apply(self, factor: Any) -> None:
+        for tensor, was in self._unscaled:
+            tensor.copy_(was)
+        self._unscaled = []
+        self._factor = factor
+        if factor != 1.0:
+            self._unscaled = [(tensor, tensor.clone()) for tensor in self._tensors.values()]
+            for tensor in self._tensors.values():
+                tensor.mul_(factor)
+
+    def _scales(self) -> Iterator[tuple[nn.Module, str, Any, torch.device]]:
+        """Yield each LoRA layer with each of its adapters, that one's scale, and where its weights are."""
+        for module in self._denoiser.modules():
+            scaling = vars(module).get("scaling")
+            if isinstance(scaling, dict) and hasattr(module, "lora_A"):
+                for adapter, scale in scaling.items():
+                    weight = next(module.parameters())
+                    yield module, adapter, scale, weight.device
+
+
+def _without_scale(inputs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return the scale for all layers, 1 if none is given, and the inputs without it."""
+    result = dict(inputs)
+    factor: Any = 1.0
+    for name, value in inputs.items():
+        if name.endswith("attention_kwargs") and isinstance(value, dict) and _SCALE in value:
+            # None, its default, if nothing is left, so that both are one graph.
+            result[name] = {key: item for key, item in value.items() if key != _SCALE} or None
+            factor = value[_SCALE]
+    return factor, result
