@@ -7,11 +7,12 @@ cross-attentions of its own that are cached by the same rule.
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from .families import Family
+from .families import FAMILIES, Family
 from .network import Network
 from .rows import Rows
 
@@ -25,7 +26,13 @@ _CONTROL = (
     "text_embeds",
     "time_ids",
 )
-_TEXT = ("encoder_hidden_states", "encoder_attention_mask")
+
+
+def _beside(denoiser: str, *batched: str) -> Family:
+    """One that is given what its denoiser's class is given, and more."""
+    family = FAMILIES[denoiser]
+    return replace(family, rows=replace(family.rows, batched=family.rows.batched | set(batched)))
+
 
 # As in `families`, one row for each class. One of a class that is not here runs as it is, on the whole batch.
 COMPANIONS = {
@@ -33,27 +40,8 @@ COMPANIONS = {
     # One image of control for each of its kinds.
     "ControlNetUnionModel": Family(Rows(frozenset((*_CONTROL, "control_type")))),
     "SparseControlNetModel": Family(Rows(frozenset((*_CONTROL, "conditioning_mask")))),
-    "HunyuanDiT2DControlNetModel": Family(
-        Rows(
-            frozenset(
-                (
-                    "hidden_states",
-                    "controlnet_cond",
-                    "encoder_hidden_states",
-                    "text_embedding_mask",
-                    "encoder_hidden_states_t5",
-                    "text_embedding_mask_t5",
-                    "image_meta_size",
-                    "style",
-                )
-            ),
-            frozenset(("image_rotary_emb",)),
-        ),
-        text=("encoder_hidden_states", "text_embedding_mask", "text_embedding_mask_t5"),
-    ),
-    "SanaControlNetModel": Family(
-        Rows(frozenset(("hidden_states", *_TEXT, "controlnet_cond", "attention_mask"))),
-    ),
+    "HunyuanDiT2DControlNetModel": _beside("HunyuanDiT2DModel", "controlnet_cond"),
+    "SanaControlNetModel": _beside("SanaTransformer2DModel", "controlnet_cond"),
 }
 
 

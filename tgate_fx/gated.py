@@ -214,6 +214,16 @@ class Gated:
                 self._thread = None
 
 
+def gated_of(pipe: Any) -> Gated:
+    """Return the gate on this pipeline; raise `StateError` if there is none."""
+    gated = Gated.of(pipe)
+    if gated is None:
+        raise StateError(
+            f"This {type(pipe).__name__} is not gated: expected a pipeline given to tgate_fx.gate or tgate_fx.compile."
+        )
+    return gated
+
+
 def check_not_gated(pipe: Any) -> None:
     """Raise `StateError` if the pipeline is gated already."""
     if Gated.of(pipe) is not None:

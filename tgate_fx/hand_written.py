@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from .errors import ArgumentError, StateError, check_count
-from .gated import Gated
+from .errors import ArgumentError, check_count
+from .gated import gated_of
 from .steps import Steps
 
 
@@ -35,11 +35,7 @@ def generation(pipe: Any, steps: int, *, guided: bool) -> Iterator[None]:
         ...     for t in pipe.scheduler.timesteps:
         ...         noise = pipe.unet(torch.cat([latents] * 2), t, text).sample
     """
-    gated = Gated.of(pipe)
-    if gated is None:
-        raise StateError(
-            f"This {type(pipe).__name__} is not gated: expected a pipeline given to tgate_fx.gate or tgate_fx.compile."
-        )
+    gated = gated_of(pipe)
     check_count("steps", steps, least=1)
     if not isinstance(guided, bool):
         raise ArgumentError(

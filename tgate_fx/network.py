@@ -152,36 +152,41 @@ def networks_of(pipe: Any, deepcache: DeepCache | None = None) -> list[Network]:
 
 def check_plain(attribute: str, denoiser: nn.Module) -> None:
     """Raise `UnsupportedError` if something else runs this denoiser, past any forward that is put on it."""
-    check_not_compiled(attribute, denoiser)
+    for name, module in denoiser.named_modules():
+        _check_not_compiled(attribute, name, module)
+        _check_no_cache(attribute, name, module)
     _check_no_deepcache_helper(denoiser)
-    _check_no_cache(attribute, denoiser)
 
 
 def check_not_compiled(attribute: str, denoiser: nn.Module) -> None:
     """Raise `UnsupportedError` if torch.compile runs this module or one in it, past any instance-level forward."""
     for name, module in denoiser.named_modules():
-        if private.is_compiled_in_place(module):
-            part = f"{attribute}.{name}" if name else attribute
-            instead = (
-                "tgate_fx.compile(pipe, regional=True), which compiles blocks" if name else "tgate_fx.compile(pipe)"
-            )
-            raise UnsupportedError(
-                f"pipe.{part} is compiled by torch.compile already, so that its gate would never be seen, or make it "
-                "compile again and again: expected the plain module. Load the pipeline without compiling it, then call "
-                f"{instead}."
-            )
+        _check_not_compiled(attribute, name, module)
 
 
-def _check_no_cache(attribute: str, denoiser: nn.Module) -> None:
-    """Raise `UnsupportedError` if one of diffusers' caches is enabled on this denoiser."""
-    for name, module in denoiser.named_modules():
-        hooks = private.caching_hooks(module)
-        if hooks:
-            on = f"pipe.{attribute}.{name}" if name else f"pipe.{attribute}"
-            raise UnsupportedError(
-                f"{', '.join(hooks)} is enabled on {on}: expected no cache but the gate's, since each would leave out "
-                f"what the other counts on. Call pipe.{attribute}.disable_cache(), or use the pipeline ungated."
-            )
+def _check_not_compiled(attribute: str, name: str, module: nn.Module) -> None:
+    if private.is_compiled_in_place(module):
+        instead = "tgate_fx.compile(pipe, regional=True), which compiles blocks" if name else "tgate_fx.compile(pipe)"
+        raise UnsupportedError(
+            f"{_place(attribute, name)} is compiled by torch.compile already, so that its gate would never be seen, or "
+            "make it compile again and again: expected the plain module. Load the pipeline without compiling it, then "
+            f"call {instead}."
+        )
+
+
+def _check_no_cache(attribute: str, name: str, module: nn.Module) -> None:
+    """Raise `UnsupportedError` if one of diffusers' caches is enabled on this module of a denoiser."""
+    hooks = private.caching_hooks(module)
+    if hooks:
+        raise UnsupportedError(
+            f"{', '.join(hooks)} is enabled on {_place(attribute, name)}: expected no cache but the gate's, since each "
+            f"would leave out what the other counts on. Call pipe.{attribute}.disable_cache(), or use the pipeline "
+            "ungated."
+        )
+
+
+def _place(attribute: str, name: str) -> str:
+    return f"pipe.{attribute}.{name}" if name else f"pipe.{attribute}"
 
 
 def _check_no_deepcache_helper(denoiser: nn.Module) -> None:

@@ -15,7 +15,7 @@ from .compiled.whole import WholePhases
 from .deepcache import DeepCache
 from .dispatch import COPIED, SPLIT, Dispatch
 from .errors import ArgumentError, StateError, UnsupportedError
-from .gated import Gated, check_not_gated
+from .gated import Gated, check_not_gated, gated_of
 from .keywords import refuse_unknown
 from .ladder import measure_ladder
 from .network import Network, check_not_compiled, denoisers_of, networks_of
@@ -200,7 +200,7 @@ def report(pipe: Any, *, ladder: bool = False) -> Report:
         StateError: the pipeline is not gated; or, for a ladder, the last generation ran no step or compiled a graph, or
             the denoiser was moved to another device since.
     """
-    gated = _gated(pipe)
+    gated = gated_of(pipe)
     steps = gated.steps.clock.steps() if gated.steps is not None else ()
     schedule = gated.steps.schedule if gated.steps is not None else gated.schedule
     return Report(
@@ -230,7 +230,7 @@ def graphs(pipe: Any) -> dict[str, PhaseGraph]:
         StateError: the pipeline is not gated, or nothing was generated yet.
         CompileError: torch.export cannot trace the denoiser.
     """
-    return graphs_of(_gated(pipe))
+    return graphs_of(gated_of(pipe))
 
 
 @contextmanager
@@ -243,7 +243,7 @@ def disabled(pipe: Any) -> Iterator[None]:
     Raises:
         StateError: the pipeline is not gated.
     """
-    gated = _gated(pipe)
+    gated = gated_of(pipe)
     gated.disabled += 1
     try:
         yield
@@ -270,16 +270,7 @@ def restore(target: Any) -> None:
             )
         dispatch.detach_from(SPLIT)
     else:
-        _gated(target).detach(target)
-
-
-def _gated(pipe: Any) -> Gated:
-    gated = Gated.of(pipe)
-    if gated is None:
-        raise StateError(
-            f"This {type(pipe).__name__} is not gated: expected a pipeline given to tgate_fx.gate or tgate_fx.compile."
-        )
-    return gated
+        gated_of(target).detach(target)
 
 
 def sites(target: Any) -> tuple[SiteInfo, ...]:

@@ -84,11 +84,11 @@ class Run:
         if call >= self._guidance.calls and self.schedule.caches:
             self.steps.refuse_call()
         index = self.steps.index
+        step = self.schedule.at(index)
         if guided and self.steps.will_gate:
             self._verify(index, call, inputs, latents)
-        step = self.schedule.at(index)
-        if guided and self.steps.will_gate and not step.gated:
-            self._check_rows(latents.shape[0])
+            if not step.gated:
+                self._check_rows(latents.shape[0])
         one_branch = step.gated and self.schedule.one_branch
         self.branch_sliced = one_branch and guided
         if one_branch and call:
@@ -141,8 +141,7 @@ class Run:
         """Begin a loop with the network's first call: if that comes after the gate, its gate is the step after it."""
         self.device = latents.device
         self.loop = self.steps.loop
-        self._first = self.steps.index
-        self.schedule = self.own_schedule(self.steps.schedule).begun_at(self._first)
+        self.schedule = self.own_schedule(self.steps.schedule).begun_at(self.steps.index)
         # By the slot, which is the call of its step that captured it, and the kind of site.
         self._cached: list[list[Sequence[torch.Tensor]]] = [[()] * len(Kind) for _ in _SLOTS]
         self._cached_for: list[list[tuple[int, ...]]] = [[()] * len(Kind) for _ in _SLOTS]  # the shape of the latents

@@ -91,6 +91,8 @@ class LoraScales:
 
     def _scales(self) -> Iterator[tuple[nn.Module, str, Any, torch.device]]:
         """Yield each LoRA layer with each of its adapters, that one's scale, and where its weights are."""
+        if not hasattr(self._denoiser, "peft_config"):  # which peft gives to every model that has some
+            return
         for module in self._denoiser.modules():
             scaling = vars(module).get("scaling")
             if isinstance(scaling, dict) and hasattr(module, "lora_A"):
