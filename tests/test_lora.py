@@ -74,7 +74,7 @@ def test_every_event_is_exact(how: str) -> None:
     assert relative_error(results[-1], before) < 1e-5  # fusing and unfusing rounds
 
 
-@pytest.mark.parametrize("regional", [False, True])
+@pytest.mark.parametrize("regional", tiny.slow_but((False,), (False, True)))
 def test_no_weight_of_an_adapter_takes_a_graph(regional: bool, backend: CountingBackend) -> None:
     pipe, eager = tiny.make("sd-small"), tiny.make("sd-small")
     for each in (pipe, eager):
@@ -106,6 +106,7 @@ def test_no_scale_of_a_call_takes_a_graph(backend: CountingBackend) -> None:
     assert len(backend.graphs) == 2
 
 
+@pytest.mark.slow
 def test_a_weight_that_changes_between_steps(backend: CountingBackend) -> None:
     pipe, eager = tiny.make("sd-small"), tiny.make("sd-small")
     tgate_fx.compile(pipe, GATE, backend=backend)
@@ -141,6 +142,7 @@ def test_hotswap_and_then_other_weights(backend: CountingBackend) -> None:
     assert len(backend.graphs) == 2
 
 
+@pytest.mark.slow
 def test_restored_layers_have_plain_numbers_again() -> None:
     pipe = tiny.make("sd-small")
     load(pipe, "one")
@@ -156,6 +158,7 @@ def test_restored_layers_have_plain_numbers_again() -> None:
     assert torch.equal(run(pipe), expected)
 
 
+@pytest.mark.slow
 def test_an_error_leaves_every_scale_as_it_was() -> None:
     pipe = tiny.make("sd-small")
     load(pipe, "one")

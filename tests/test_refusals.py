@@ -296,6 +296,27 @@ def test_guidance_in_several_calls(call: dict[str, Any], reason: str) -> None:
     assert torch.equal(pipe(**call, gate_step=None), expected)
 
 
+class LaterGuided(TwoCalls):
+    """Guides in that way from its second step on."""
+
+    @torch.no_grad()
+    def __call__(self) -> torch.Tensor:
+        self.guided = False
+        self.scheduler.set_timesteps(4)
+        latents, text = torch.ones(1, 4, 8, 8), torch.ones(1, 7, tiny.TEXT_WIDTH)
+        for t in self.scheduler.timesteps:
+            latents = self.scheduler.step(self.unet(latents, t, text).sample, t, latents).prev_sample
+            self.guided = True
+        return latents
+
+
+def test_guidance_that_begins_later_is_looked_at_when_it_does() -> None:
+    pipe = tgate_fx.gate(LaterGuided(**tiny.make("sd-small").components, requires_safety_checker=False), gate_step=3)
+    with pytest.raises(tgate_fx.UnsupportedError, match=says("given 1 rows that are not the same latents twice")):
+        pipe()
+    assert len(tgate_fx.report(pipe).steps) == 1
+
+
 def test_more_calls_than_steps(pipe: Any) -> None:
     """A second use of the denoiser that cannot be told from a step, say from a callback."""
     tgate_fx.gate(pipe, 2)
