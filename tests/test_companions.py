@@ -218,10 +218,9 @@ def test_nothing_but_cross_attention_is_cached_of_a_companion(settings: dict[str
         pipe = tgate_fx.gate(make(), GATE, **extra)
         outputs = seen.setdefault(name, [])
         record = (
-            pipe.controlnet.down_blocks[0]
-            .attentions[0]
+            pipe.controlnet.mid_block.attentions[0]
             .transformer_blocks[0]
-            .attn1.register_forward_hook(lambda module, args, output, outputs=outputs: outputs.append(output))
+            .attn1.to_q.register_forward_hook(lambda module, args, output, outputs=outputs: outputs.append(output))
         )
         with oracle.hooked(record):
             run(pipe, num_inference_steps=6)
