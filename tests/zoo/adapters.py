@@ -51,8 +51,8 @@ def with_ip_adapters(unet: Any, adapters: int = 2) -> Any:
     return unet
 
 
-def sd_with_ip_adapters() -> Any:
-    unet = seeded(lambda: with_ip_adapters(tiny.unet(**tiny.ONE_BLOCK)))
+def sd_with_ip_adapters(adapters: int = 2) -> Any:
+    unet = seeded(lambda: with_ip_adapters(tiny.unet(**tiny.ONE_BLOCK), adapters))
     return sd("StableDiffusionPipeline", unet=unet)
 
 

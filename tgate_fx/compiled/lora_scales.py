@@ -33,11 +33,14 @@ class LoraScales:
         self._is_due = True
         self._calls_back = calls_back
 
-    def settle(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """See that every layer's scale is right for this step; return the inputs without the scale for all of them."""
+    def settle(self, inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
+        """See that every layer's scale is right for this step; return the inputs without the scale for all of them.
+
+        The step runs on ``device``.
+        """
         if self._is_due or self._calls_back:
             self._is_due = False
-            self._keep()
+            self._keep(device)
         if not self._tensors:
             return inputs
         factor, inputs = _without_scale(inputs)
@@ -58,9 +61,10 @@ class LoraScales:
                 layer.scaling[adapter] = number if same else float(tensor)  # type: ignore[index, operator]
         self._tensors, self._numbers = {}, {}
 
-    def _keep(self) -> None:
+    def _keep(self, runs_on: torch.device) -> None:
         kept: dict[tuple[nn.Module, str], torch.Tensor] = {}
-        for layer, adapter, scale, device in self._scales():
+        for layer, adapter, scale in self._scales():
+            device = device_of(layer, runs_on)
             key = (layer, adapter)
             tensor = scale
             if not isinstance(scale, torch.Tensor):
@@ -89,16 +93,21 @@ class LoraScales:
             for tensor in self._tensors.values():
                 tensor.mul_(factor)
 
-    def _scales(self) -> Iterator[tuple[nn.Module, str, Any, torch.device]]:
-        """Yield each LoRA layer with each of its adapters, that one's scale, and where its weights are."""
+    def _scales(self) -> Iterator[tuple[nn.Module, str, Any]]:
+        """Yield each LoRA layer with each of its adapters and that one's scale."""
         if not hasattr(self._denoiser, "peft_config"):  # which peft gives to every model that has some
             return
         for module in self._denoiser.modules():
             scaling = vars(module).get("scaling")
             if isinstance(scaling, dict) and hasattr(module, "lora_A"):
                 for adapter, scale in scaling.items():
-                    weight = next(module.parameters())
-                    yield module, adapter, scale, weight.device
+                    yield module, adapter, scale
+
+
+def device_of(layer: nn.Module, runs_on: torch.device) -> torch.device:
+    """Return the device that a layer computes on, if the step runs on that one: offloaded weights are elsewhere yet."""
+    device = next(layer.parameters()).device
+    return runs_on if device.type in ("cpu", "meta") else device
 
 
 def _without_scale(inputs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -100,9 +100,7 @@ class RegionalPhases(CompiledPhases):
             if isinstance(part, Region):
                 check_traceable(f"A {type(part.block).__name__} of pipe.{self._network.attribute}", part.block, part)
 
-    def __call__(self, step: Step, cache: Cache, inputs: dict[str, Any]) -> PhaseResult:
-        """Run one step; see `Phases`."""
-        inputs = self._scales.settle(inputs)
+    def _run(self, step: Step, cache: Cache, inputs: dict[str, Any]) -> PhaseResult:
         self._device = latents_of(inputs)[1].device
         if self.uses_cuda_graphs(self._device):
             raise UnsupportedError(
@@ -110,14 +108,14 @@ class RegionalPhases(CompiledPhases):
                 "expected whole phases for that, or no CUDA graphs. Leave regional out, or use "
                 'mode="max-autotune-no-cudagraphs".'
             )
-        self._hook.run = functools.partial(self._run, step)
+        self._hook.run = functools.partial(self._run_region, step)
         try:
             output, captured = self._network.function(step.roles)(cache, (), inputs)
         finally:
             self._hook.run = None
         return output, captured
 
-    def _run(self, step: Step, region: Region, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _run_region(self, step: Step, region: Region, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one block with the roles that its sites have now."""
         sites = self._network.dispatch.sites
         roles = tuple([sites.role(index) for index in region.indices])

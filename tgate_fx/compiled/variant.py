@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import re
 import types
 import weakref
@@ -14,12 +15,15 @@ from torch import nn
 
 from .. import private
 from ..errors import CompileError, TGateError
+from ..inputs import latents_of
 from ..phases import Phases
 from ..roles import Roles
 from ..schedule import Step
+from ..split import Cache, PhaseResult
 from .backend import PrunedBackend
 from .frozen_weights import FrozenWeights
 from .guard_policy import check_no_global_hooks
+from .image_scales import ImageScales
 from .lora_scales import LoraScales
 from .settings import CompileSettings
 
@@ -103,7 +107,8 @@ class CompiledPhases(Phases):
         inductor_mode = settings.mode is not None and settings.backend == "inductor"
         private.check_can_compile(dynamic=bool(settings.dynamic), inductor_mode=inductor_mode)
         self._settings = settings
-        self._scales = LoraScales(denoiser)
+        self._lora_scales = LoraScales(denoiser)
+        self._image_scales = ImageScales(denoiser)
         self._variants: dict[object, Variant] = {}
         self._device = torch.device("cpu")
         self._compiled: set[Roles] = set()
@@ -128,17 +133,32 @@ class CompiledPhases(Phases):
     def begin(self, pipe: Any, pipeline_class: type[Any], *, calls_back: bool) -> None:
         """Begin a generation; see `Phases`."""
         check_no_global_hooks()
-        self._scales.begin(calls_back=calls_back)
+        self._lora_scales.begin(calls_back=calls_back)
+        self._image_scales.begin()
         self._compiled_before = set(self._compiled)
         self.recompiles = 0
 
+    def __call__(self, step: Step, cache: Cache, inputs: dict[str, Any]) -> PhaseResult:
+        """Run one step, with every scale as an input of its graph; see `Phases`."""
+        device = latents_of(inputs)[1].device
+        inputs = self._lora_scales.settle(inputs, device)
+        self._image_scales.put(device)
+        try:
+            return self._run(step, cache, inputs)
+        finally:
+            self._image_scales.give_back()
+
+    @abc.abstractmethod
+    def _run(self, step: Step, cache: Cache, inputs: dict[str, Any]) -> PhaseResult:
+        """Run one step."""
+
     def end(self) -> None:
         """End a generation; see `Phases`."""
-        self._scales.end()
+        self._lora_scales.end()
 
     def detach(self) -> None:
         """Give LoRA layers their own scales back; see `Phases`."""
-        self._scales.give_back()
+        self._lora_scales.give_back()
 
     def _call_variant(
         self, key: object, step: Step, new_variant: Callable[[], Variant], args: tuple[Any, ...]

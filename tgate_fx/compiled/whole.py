@@ -54,9 +54,8 @@ class WholePhases(CompiledPhases):
         self._checked = {}
         self._weights.begin()
 
-    def __call__(self, step: Step, cache: Cache, inputs: dict[str, Any]) -> PhaseResult:
-        """Run one step; see `Phases`."""
-        inputs, signature = canonical(self._scales.settle(inputs))
+    def _run(self, step: Step, cache: Cache, inputs: dict[str, Any]) -> PhaseResult:
+        inputs, signature = canonical(inputs)
         signature = (signature, *map(id, cache), torch.is_inference_mode_enabled(), torch.is_grad_enabled())
         key = (step.roles, None if self._settings.dynamic else signature)
         variant = self._variants.get(key)
