@@ -82,9 +82,14 @@ def _listed(denoiser: nn.Module) -> list[int]:
     return [id(tensor) for tensor in itertools.chain(denoiser.parameters(), denoiser.buffers())]
 
 
+def can_be_read(tensor: torch.Tensor) -> bool:
+    """Return whether a weight has bits to read: one that is quantized or compressed, a subclass of tensors, may not."""
+    is_plain = type(tensor) in (torch.Tensor, nn.Parameter)
+    return is_plain and tensor.layout is torch.strided and not tensor.is_quantized
+
+
 def _mark(tensor: torch.Tensor) -> _Mark:
-    # A quantized or compressed weight, which is a subclass or has another layout, need not have bits to read.
-    if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.layout is not torch.strided or tensor.is_quantized:
+    if not can_be_read(tensor):
         raise UnsupportedError(
             f"A weight of type {type(tensor).__name__}, {tensor.layout}, {tensor.dtype} cannot be read: expected "
             "dense weights, since changes to those that a frozen graph holds would go unnoticed. Give "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,7 +29,8 @@ class CompileSettings:
     """What is handed on to torch.compile; ``fullgraph`` is always on.
 
     On a CPU, inductor's ``freezing`` is on unless ``mode`` or ``options["freezing"]`` says otherwise: it packs the
-    weights for the CPU's kernels, and without it inductor is no faster than eager there. ``backend="openvino"`` is
+    weights for the CPU's kernels, and without it inductor is no faster than eager there. It is off for a denoiser with
+    quantized weights. ``backend="openvino"`` is
     `tgate_fx.compiled.openvino`, which always holds the weights; its ``options`` are properties of OpenVINO's.
     """
 
@@ -64,10 +65,18 @@ class CompileSettings:
     def options_for(self, device: torch.device) -> dict[str, Any] | None:
         """Return the ``options`` for graphs on this device."""
         options = dict(self.options or {})
-        by_default = self.backend == "inductor" and self.mode is None and device.type == "cpu" and not self.regional
-        if by_default and private.can_freeze():
+        if self._may_freeze_by_default() and device.type == "cpu" and private.can_freeze():
             options.setdefault("freezing", True)
         return options or None
+
+    def for_quantized_weights(self) -> CompileSettings:
+        """Return these settings without the freezing that nobody asked for: see `frozen_weights.can_be_read`."""
+        if not self._may_freeze_by_default():
+            return self
+        return replace(self, options={"freezing": False, **(self.options or {})})
+
+    def _may_freeze_by_default(self) -> bool:
+        return self.backend == "inductor" and self.mode is None and not self.regional
 
     def freezes(self, device: torch.device) -> bool:
         """Return whether compiled graphs on this device hold the weights as they were when compiled."""

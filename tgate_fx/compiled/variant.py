@@ -21,7 +21,7 @@ from ..roles import Roles
 from ..schedule import Step
 from ..split import Cache, PhaseResult
 from .backend import PrunedBackend
-from .frozen_weights import FrozenWeights
+from .frozen_weights import FrozenWeights, can_be_read
 from .guard_policy import check_no_global_hooks
 from .image_scales import ImageScales
 from .lora_scales import LoraScales
@@ -106,7 +106,8 @@ class CompiledPhases(Phases):
     def __init__(self, denoiser: nn.Module, settings: CompileSettings) -> None:
         inductor_mode = settings.mode is not None and settings.backend == "inductor"
         private.check_can_compile(dynamic=bool(settings.dynamic), inductor_mode=inductor_mode)
-        self._settings = settings
+        self._given = self._settings = settings
+        self._denoiser = denoiser
         self._lora_scales = LoraScales(denoiser)
         self._image_scales = ImageScales(denoiser)
         self._variants: dict[object, Variant] = {}
@@ -133,6 +134,8 @@ class CompiledPhases(Phases):
     def begin(self, pipe: Any, pipeline_class: type[Any], *, calls_back: bool) -> None:
         """Begin a generation; see `Phases`."""
         check_no_global_hooks()
+        is_dense = all(can_be_read(weight) for weight in self._denoiser.parameters())
+        self._settings = self._given if is_dense else self._given.for_quantized_weights()
         self._lora_scales.begin(calls_back=calls_back)
         self._image_scales.begin()
         self._compiled_before = set(self._compiled)
