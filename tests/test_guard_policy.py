@@ -13,9 +13,10 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import nn
 
 import tgate_fx
-from tests import tiny
+from tests import oracle, tiny, zoo
 from tests.conftest import CountingBackend
-from tgate_fx.compiled.guard_policy import runs_only_known_code
+from tests.zoo import controlnet
+from tgate_fx.compiled.guard_policy import _LOOPS, runs_only_known_code
 
 FREEU = {"s1": 0.9, "s2": 0.2, "b1": 1.2, "b2": 1.4}
 KWARGS = {**tiny.inputs("sd"), "num_inference_steps": 7}
@@ -142,6 +143,50 @@ def test_only_known_code_is_trusted(change: Callable[[Any], None]) -> None:
 def test_diffusers_own_code_is_trusted(family: str) -> None:
     pipe = tgate_fx.gate(tiny.make(family))
     assert runs_only_known_code(pipe, plain_class(pipe), tiny.denoiser(pipe))
+
+
+def state(network: nn.Module) -> dict[tuple[str, ...], Any]:
+    """What a compiled graph may hold of the modules: their and their processors' attributes, and which tensors."""
+    found: dict[tuple[str, ...], Any] = {}
+    for name, module in network.named_modules():
+        for key, value in [*vars(module).items(), *vars(vars(module).get("processor", object)).items()]:
+            if isinstance(value, dict):  # parameters, buffers and modules among them
+                found.update({(name, key, inner): id(held) for inner, held in value.items()})
+            found[name, key] = str(value) if isinstance(value, str | int | float | tuple | list) else type(value)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "entry", [each for each in zoo.entries() if each.pipeline.split()[0] in _LOOPS], ids=lambda each: each.pipeline
+)
+def test_loops_change_nothing_on_a_denoiser(entry: zoo.Entry) -> None:
+    pipe = entry.make()
+    states: dict[int, list[dict[tuple[str, ...], Any]]] = {}
+
+    def hook(network: nn.Module, *_: Any) -> None:
+        states.setdefault(id(network), []).append(state(network))
+
+    networks = [getattr(pipe, name) for name in entry.denoisers if getattr(pipe, name) is not None]
+    with oracle.hooked(*[network.register_forward_pre_hook(hook) for network in networks]):
+        entry.run(pipe)
+    assert len(states) == len(networks)
+    for first, *others in states.values():
+        assert others
+        assert all(other == first for other in others)
+    assert runs_only_known_code(pipe, type(pipe), networks[0])
+
+
+@pytest.mark.slow
+def test_every_trusted_loop_is_tested() -> None:
+    assert {each.pipeline.split()[0] for each in zoo.entries()} >= _LOOPS
+
+
+def test_a_hook_on_a_companion_is_seen() -> None:
+    pipe = controlnet.with_controlnet("StableDiffusionControlNetPipeline")
+    assert runs_only_known_code(pipe, type(pipe), pipe.unet)
+    with oracle.hooked(pipe.controlnet.mid_block.register_forward_hook(lambda *_: None)):
+        assert not runs_only_known_code(pipe, type(pipe), pipe.unet)
 
 
 def test_loops_that_were_not_looked_at_are_not_trusted() -> None:

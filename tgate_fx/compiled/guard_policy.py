@@ -17,22 +17,57 @@ from .. import private
 from ..errors import UnsupportedError
 from ..forward_patch import ForwardPatch
 
-# Pipelines of diffusers whose loop changes nothing on the denoiser. (StableDiffusionGLIGENPipeline's does.)
+# Pipelines of diffusers whose loop changes nothing on a denoiser, as a test sees too. (StableDiffusionGLIGENPipeline's
+# does.)
 _LOOPS = frozenset(
     (
         "StableDiffusionPipeline",
         "StableDiffusionImg2ImgPipeline",
         "StableDiffusionInpaintPipeline",
+        "StableDiffusionControlNetPipeline",
+        "StableDiffusionControlNetImg2ImgPipeline",
+        "StableDiffusionControlNetInpaintPipeline",
+        "StableDiffusionAdapterPipeline",
+        "StableDiffusionInstructPix2PixPipeline",
+        "StableDiffusionUpscalePipeline",
         "StableDiffusionXLPipeline",
         "StableDiffusionXLImg2ImgPipeline",
         "StableDiffusionXLInpaintPipeline",
+        "StableDiffusionXLControlNetPipeline",
+        "StableDiffusionXLControlNetImg2ImgPipeline",
+        "StableDiffusionXLControlNetInpaintPipeline",
+        "StableDiffusionXLControlNetUnionPipeline",
+        "StableDiffusionXLControlNetUnionImg2ImgPipeline",
+        "StableDiffusionXLControlNetUnionInpaintPipeline",
+        "StableDiffusionXLAdapterPipeline",
+        "StableVideoDiffusionPipeline",
         "LatentConsistencyModelPipeline",
         "LatentConsistencyModelImg2ImgPipeline",
+        "KolorsPipeline",
+        "KolorsImg2ImgPipeline",
         "PixArtAlphaPipeline",
         "PixArtSigmaPipeline",
-        "StableVideoDiffusionPipeline",
+        "HunyuanDiTPipeline",
+        "LuminaPipeline",
+        "SanaPipeline",
+        "SanaControlNetPipeline",
+        "SanaSprintPipeline",
+        "SanaSprintImg2ImgPipeline",
+        "SanaVideoPipeline",
+        "WanPipeline",
+        "WanImageToVideoPipeline",
+        "WanVideoToVideoPipeline",
+        "WanVACEPipeline",
+        "LTXPipeline",
+        "LTXImageToVideoPipeline",
+        "LTX2Pipeline",
+        "LTX2ImageToVideoPipeline",
+        "CosmosTextToWorldPipeline",
+        "Cosmos2TextToImagePipeline",
+        "StableAudioPipeline",
     )
 )
+_NETWORKS = ("unet", "transformer", "transformer_2", "controlnet")  # what a loop calls
 
 # Packages whose code changes nothing from step to step: of modules, processors and schedulers, and what these build on.
 _PACKAGES = frozenset(("torch", "diffusers", "transformers", "peft", "huggingface_hub"))
@@ -42,12 +77,13 @@ _STANDARD_LIBRARY = frozenset(sys.stdlib_module_names)
 def runs_only_known_code(pipe: Any, pipeline_class: type[Any], denoiser: nn.Module) -> bool:
     """Return whether only known code runs between two steps of this pipeline.
 
-    That is the code of its class, its scheduler, the denoiser's modules and their attention processors, with nothing
-    patched into these classes or objects, and no hooks.
+    That is the code of its class, its scheduler, the modules of its denoisers and ControlNets and their attention
+    processors, with nothing patched into these classes or objects, and no hooks.
     """
     if pipeline_class.__name__ not in _LOOPS:
         return False
-    modules = list(denoiser.modules())
+    networks = [denoiser, *[getattr(pipe, name, None) for name in _NETWORKS]]
+    modules = list({each: None for network in networks if isinstance(network, nn.Module) for each in network.modules()})
     processors = [vars(module)["processor"] for module in modules if "processor" in vars(module)]
     classes = {pipeline_class, *[type(each) for each in (pipe.scheduler, *modules, *processors)]}
     return (
