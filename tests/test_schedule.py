@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,7 +13,7 @@ from tgate.tgate_utils import tgate_scheduler
 
 import tgate_fx
 from tgate_fx.roles import Role
-from tgate_fx.schedule import Schedule, check_gate_step
+from tgate_fx.schedule import Schedule, checked_gate_step
 
 ROLE = {Role.LIVE: "L", Role.CAPTURE: "C", Role.REUSE: "R"}
 
@@ -149,7 +150,7 @@ def test_valid_gate_steps(value: Any) -> None:
 @pytest.mark.parametrize("value", [0, -1, True, False, 0.0, 1.0, 1.5, -0.5, math.nan, math.inf, "10", [10], 3j])
 def test_invalid_gate_steps(value: object) -> None:
     with pytest.raises(tgate_fx.ArgumentError, match="expected an int ≥ 1") as error:
-        check_gate_step(value)
+        checked_gate_step(value)
     assert repr(value) in str(error.value)
     assert type(value).__name__ in str(error.value)
 
@@ -190,3 +191,12 @@ def test_off_captures_what_the_others_reuse_and_keeps_nothing(settings: dict[str
         assert step.keep == (False, False, False)
         assert step.phase == "pre-gate"
         assert not step.gated
+
+
+def test_integers_of_numpy_are_integers() -> None:
+    schedule = Schedule(gate_step=numpy.int64(3), sp_interval=numpy.int32(2), warm_up=numpy.uint8(1))
+    assert schedule == Schedule(gate_step=3, sp_interval=2, warm_up=1)
+    assert {type(value) for value in (schedule.gate_step, schedule.sp_interval, schedule.warm_up)} == {int}
+    assert tgate_fx.DeepCache(numpy.int64(2), numpy.int64(1)) == tgate_fx.DeepCache(2, 1)
+    with pytest.raises(tgate_fx.ArgumentError, match="expected an int"):
+        Schedule(gate_step=numpy.bool_(True))

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from .errors import UnsupportedError, check_count
+from .errors import UnsupportedError, checked_count
 
 # The package numbers branches as if every block had three layers.
 _LAYERS = 3
@@ -33,8 +33,8 @@ class DeepCache:
     branch: int = 0
 
     def __post_init__(self) -> None:
-        check_count("interval", self.interval, least=1)
-        check_count("branch", self.branch, least=0)
+        object.__setattr__(self, "interval", checked_count("interval", self.interval, least=1))
+        object.__setattr__(self, "branch", checked_count("branch", self.branch, least=0))
 
 
 class DeepBranch(NamedTuple):

@@ -1,5 +1,10 @@
 """The errors of tgate_fx: each says what was given, what was expected and what to do."""
 
+from __future__ import annotations
+
+import operator
+from typing import Any
+
 
 class TGateError(Exception):
     """Base of every error that tgate_fx raises."""
@@ -21,9 +26,19 @@ class CompileError(TGateError, RuntimeError):
     """torch could not trace or compile a phase as one graph."""
 
 
-def check_count(name: str, value: object, *, least: int, unit: str = "steps") -> None:
-    """Raise `ArgumentError` unless ``value`` is an int ≥ ``least``."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+def checked_count(name: str, value: object, *, least: int, unit: str = "steps") -> int:
+    """Return ``value``, an integer of any package's, as an int; raise `ArgumentError` unless it is one ≥ ``least``."""
+    number = as_int(value)
+    if number is None or number < least:
         raise ArgumentError(
             f"{name}={value!r} ({type(value).__name__}) is not a number of {unit}: expected an int ≥ {least}."
         )
+    return number
+
+
+def as_int(value: Any) -> int | None:
+    """Return an integer of any package's, such as numpy's, as an int; None if it is no integer."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None

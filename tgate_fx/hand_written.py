@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from .errors import ArgumentError, check_count
+from .errors import ArgumentError, checked_count
 from .gated import gated_of
 from .steps import Steps
 
@@ -36,7 +36,7 @@ def generation(pipe: Any, steps: int, *, guided: bool) -> Iterator[None]:
         ...         noise = pipe.unet(torch.cat([latents] * 2), t, text).sample
     """
     gated = gated_of(pipe)
-    check_count("steps", steps, least=1)
+    steps = checked_count("steps", steps, least=1)
     if not isinstance(guided, bool):
         raise ArgumentError(
             f"guided={guided!r} ({type(guided).__name__}): expected True if the denoiser is given both branches of "

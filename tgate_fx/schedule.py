@@ -11,7 +11,7 @@ import functools
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from .errors import ArgumentError, check_count
+from .errors import ArgumentError, as_int, checked_count
 from .roles import Kind, Role, Roles
 
 AFTER_GATE = ("negative", "positive", "both")
@@ -59,10 +59,9 @@ class Schedule:
     off: bool = False
 
     def __post_init__(self) -> None:
-        check_gate_step(self.gate_step)
-        check_count("sp_interval", self.sp_interval, least=1)
-        check_count("fi_interval", self.fi_interval, least=1)
-        check_count("warm_up", self.warm_up, least=0)
+        object.__setattr__(self, "gate_step", checked_gate_step(self.gate_step))
+        for name, least in (("sp_interval", 1), ("fi_interval", 1), ("warm_up", 0)):
+            object.__setattr__(self, name, checked_count(name, getattr(self, name), least=least))
         if self.after_gate not in AFTER_GATE:
             raise ArgumentError(
                 f"after_gate={self.after_gate!r} is not one of {', '.join(map(repr, AFTER_GATE))}: expected which "
@@ -179,14 +178,13 @@ def _roles(schedule: Schedule, index: int) -> Roles:
     return Roles(cross_attention, self_attention, deep_branch)
 
 
-def check_gate_step(value: object) -> None:
-    """Raise `ArgumentError` unless ``value`` is an int ≥ 1, a float in (0, 1), or None."""
-    if value is None:
-        return
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
-        return
-    if isinstance(value, float) and 0.0 < value < 1.0:
-        return
+def checked_gate_step(value: object) -> int | float | None:
+    """Return a gate step as an int ≥ 1, a float in (0, 1), or None; raise `ArgumentError` if it is none of these."""
+    if value is None or (isinstance(value, float) and 0.0 < value < 1.0):
+        return value
+    number = as_int(value)
+    if number is not None and number >= 1:
+        return number
     raise ArgumentError(
         f"gate_step={value!r} ({type(value).__name__}) is not a gate step: expected an int ≥ 1 (the index of the first "
         "gated step), a float between 0 and 1 (that share of the steps), or None (never gated)."

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from . import private
-from .errors import ArgumentError, StateError, check_count
+from .errors import ArgumentError, StateError, checked_count
 from .gated import Gated
 from .pipeline import report
 from .report import Report
@@ -129,7 +129,7 @@ def _prompts(pipe: Any, gated: Gated, batch_size: int | None, inputs: dict[str, 
             "that many times. Leave it out, and pass one input per image you want."
         )
     if batch_size is not None:
-        check_count("batch_size", batch_size, least=1, unit="prompts")
+        batch_size = checked_count("batch_size", batch_size, least=1, unit="prompts")
     return {} if given or "prompt" not in gated.parameters else {"prompt": [""] * (batch_size or 1)}
 
 

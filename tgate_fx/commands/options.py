@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ..errors import ArgumentError
-from ..schedule import check_gate_step
+from ..schedule import checked_gate_step
 
 
 class GateStep(click.ParamType):  # type: ignore[type-arg]
@@ -25,7 +25,7 @@ class GateStep(click.ParamType):  # type: ignore[type-arg]
         except ValueError:
             self.fail(f"{value!r}: expected a step such as 10, a share of the steps such as 0.4, or none.", param, ctx)
         try:
-            check_gate_step(gate)
+            checked_gate_step(gate)
         except ArgumentError as error:
             self.fail(str(error), param, ctx)
         return gate
