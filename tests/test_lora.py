@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ GATE = 2
 KWARGS = {**tiny.inputs("sd-small"), "num_inference_steps": 4}
 
 
+@functools.cache
 def lora(seed: int, rank: int = 2) -> dict[str, torch.Tensor]:
     """The weights of a LoRA for the small UNet, as `load_lora_weights` takes them."""
     unet = tiny.make("sd-small").unet
@@ -31,7 +33,7 @@ def lora(seed: int, rank: int = 2) -> dict[str, torch.Tensor]:
 
 
 def load(pipe: Any, name: str, seed: int = 1, **settings: Any) -> None:
-    pipe.load_lora_weights(lora(seed), adapter_name=name, **settings)
+    pipe.load_lora_weights(dict(lora(seed)), adapter_name=name, **settings)
 
 
 def run(pipe: Any, **changes: Any) -> torch.Tensor:
