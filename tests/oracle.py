@@ -153,6 +153,24 @@ class Network:
     gate: int | None = None
     kept: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)
     first_output: Any = None
+    before: dict[int, Any] = field(default_factory=dict)  # the outputs of the last full step, by call
+    computed: list[tuple[int, Any]] = field(default_factory=list)  # what counts, after the gate
+
+    def extrapolated(self, step: int) -> Any:
+        """What the last two outputs that count say of a step."""
+        *earlier, (last, output) = self.computed
+        if not earlier:
+            return mapped(torch.clone, output)
+        before, start = earlier[-1]
+        slope = (step - last) / (last - before)
+        return both_mapped(lambda now, then: now + slope * (now - then), output, start)
+
+
+def blended(unconditional: torch.Tensor, conditional: torch.Tensor, weight: float) -> torch.Tensor:
+    """What is cached of both branches."""
+    if weight == 0.5:
+        return (unconditional + conditional) / 2
+    return unconditional + weight * (conditional - unconditional)
 
 
 def gated(
@@ -165,6 +183,10 @@ def gated(
     loop: int | None = None,
     companions: list[Network] | None = None,
     companions_form: str = "batch",
+    weight: float = 0.5,
+    forecast: int = 1,
+    steps: int | None = None,
+    level: Callable[[int], float] | None = None,
 ) -> Any:
     """Generate with the gate.
 
@@ -179,6 +201,12 @@ def gated(
         companions: what runs once a step, before the denoiser does; of a batch all rows are computed, for of what it
             gives the denoiser only one branch's rows go on.
         companions_form: how guidance reaches these, "batch" or "none".
+        weight: of the conditional branch, in what is cached of both.
+        forecast: from the gate on only every such step's output counts, and that of the last one; between, it is
+            extrapolated.
+        steps: how many there are, for that.
+        level: for guidance that goes on, by a step's index: what a difference of predictions times this is one of
+            noise.
     """
     position = {"calls": -1}
     half = (
@@ -211,9 +239,8 @@ def gated(
                     return output
                 kept = network.kept[name, 0]
                 if form in ("batch", "reversed"):
-                    first, second = kept.chunk(2)
-                    return torch.cat([(first + second) / 2] * 2)
-                return (kept + network.kept[name, 1]) / 2 if calls == 2 else kept
+                    return torch.cat([blended(*kept.chunk(2)[:: 1 if form == "batch" else -1], weight)] * 2)
+                return blended(network.kept[name, 1], kept, weight) if calls == 2 else kept
 
             return hook
 
@@ -221,12 +248,34 @@ def gated(
             step, call = divmod(position["calls"], calls)
             assert network.gate is not None
             if step < network.gate:
+                if level is not None and step == network.gate - 1:
+                    network.before[call] = output
                 return output
-            if form in ("batch", "reversed"):
-                return mapped(lambda tensor: torch.cat([tensor.chunk(2)[half]] * 2), output)
             if call == 0:
+                computed = (step - network.gate) % forecast == 0 or step + 1 == steps
+                if computed:
+                    network.computed.append((step, mapped(torch.clone, output)))
+                else:
+                    output = network.extrapolated(step)
                 network.first_output = output
-            return network.first_output
+            if form in ("batch", "reversed"):
+                if level is None:
+                    return mapped(lambda tensor: torch.cat([tensor.chunk(2)[half]] * 2), output)
+                (full,) = network.before.values()
+                factor = level(network.gate - 1) / level(step)
+                halves = slice(None, None, 1 if form == "batch" else -1)
+
+                def guided(now: torch.Tensor, then: torch.Tensor) -> torch.Tensor:
+                    unconditional, conditional = then.chunk(2)[halves]
+                    own = now.chunk(2)[half]
+                    return torch.cat([own - factor * (conditional - unconditional), own][halves])
+
+                return both_mapped(guided, output, full)
+            if level is None or call == 0 or calls == 1:
+                return network.first_output
+            factor = level(network.gate - 1) / level(step)
+            difference = both_mapped(torch.sub, network.before[0], network.before[1])
+            return both_mapped(lambda own, ahead: own - factor * ahead, network.first_output, difference)
 
         handles.append(network.module.register_forward_pre_hook(begin, with_kwargs=True))
         handles += [
@@ -278,3 +327,9 @@ def mapped(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
     if isinstance(value, dict):
         return type(value)(**{name: mapped(function, item) for name, item in value.items()})
     return type(value)(mapped(function, item) for item in value) if type(value) in (list, tuple) else value
+
+
+def both_mapped(function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], value: Any, other: Any) -> Any:
+    """The first of two values of the same structure, with a function of each of its tensors and the other's."""
+    following = iter(tensors_in(other))
+    return mapped(lambda tensor: function(tensor, next(following)), value)

@@ -41,8 +41,9 @@ def input_names(graph: torch.fx.GraphModule) -> set[str]:
 
 @pytest.mark.parametrize(
     "family",
-    # Stable Video Diffusion knows no text.
-    tiny.slow_but(("sd-small", "pixart-alpha"), ["sd-small", *[family for family in tiny.DISTINCT if family != "svd"]]),
+    tiny.slow_but(
+        ("sd-small", "pixart-alpha"), ["sd-small", "sd", "sd-lcm", "sdxl-small", "pixart-alpha", "pixart-sigma"]
+    ),
 )
 def test_two_graphs_serve_three_generations_exactly_and_the_second_knows_no_text(
     family: str, backend: CountingBackend

@@ -22,16 +22,15 @@ _INTERVALS = {"sp_interval": 2, "fi_interval": 2}
 EVERY = [
     *[
         pytest.param(family, {}, marks=pytest.mark.slow if family not in _FIRST else ())
-        for family in ("sd-small", *tiny.DISTINCT)
+        for family in ("sd-small", "sd-lcm", "sdxl-small", "pixart-alpha", "svd")
     ],
     ("sdxl-small", {"after_gate": "both"}),
     *[
         pytest.param(*setting, marks=pytest.mark.slow)
         for setting in (
             ("sd-small", _INTERVALS),
-            ("sd", {"deepcache": _DEEPCACHE}),
-            ("sdxl", {"deepcache": _DEEPCACHE}),
-            ("sdxl", {"after_gate": "positive"}),
+            ("sd-small", {"deepcache": _DEEPCACHE}),
+            ("sdxl-small", {"after_gate": "positive"}),
         )
     ],
 ]

@@ -305,12 +305,12 @@ def graph_names(graph: torch.fx.GraphModule) -> str:
 @pytest.mark.parametrize(
     ("family", "settings", "graphs"),
     [
-        pytest.param("sd", names(SETTINGS[0]), 3, marks=pytest.mark.slow),
-        pytest.param("sd", names(SETTINGS[3]), 3, marks=pytest.mark.slow),
-        pytest.param("sdxl", names(SETTINGS[0]), 3, marks=pytest.mark.slow),
+        pytest.param("sd-small", names(SETTINGS[0]), 3, marks=pytest.mark.slow),
+        pytest.param("sd-small", names(SETTINGS[3]), 3, marks=pytest.mark.slow),
+        pytest.param("sdxl-small", names(SETTINGS[0]), 3, marks=pytest.mark.slow),
         ("pixart-alpha", names(SETTINGS[2]), 4),
         pytest.param("pixart-sigma", names(SETTINGS[1]), 3, marks=pytest.mark.slow),
-        pytest.param("sd", {"gate_step": 6, "deepcache": tgate_fx.DeepCache(3, 0)}, 4, marks=pytest.mark.slow),
+        pytest.param("sd-small", {"gate_step": 6, "deepcache": tgate_fx.DeepCache(3, 0)}, 4, marks=pytest.mark.slow),
         pytest.param("sd", {"gate_step": None, "deepcache": tgate_fx.DeepCache(3, 1)}, 2, marks=pytest.mark.slow),
         pytest.param("sdxl-lcm", {"gate_step": 2}, 2, marks=pytest.mark.slow),
         ("pixart-alpha-lcm", {"gate_step": 1}, 2),

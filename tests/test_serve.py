@@ -14,7 +14,9 @@ import pytest
 from PIL.Image import Image
 
 from benchmarks.load_test import BAD, a_request, load, serving
-from benchmarks.serve import ImageRequest, generator, ready
+from benchmarks.serve import SIZE, ImageRequest, generator, ready
+from tests import tiny
+from tgate_fx import demo
 
 JSON = {"content-type": "application/json"}
 
@@ -95,7 +97,9 @@ def test_clients_that_leave_take_no_place_in_the_queue(pipe: object) -> None:
 
 @pytest.mark.slow
 @pytest.mark.inductor
-def test_it_serves_from_an_artifact_as_the_eager_pipeline_does(pipe: object, tmp_path: Path) -> None:
+def test_it_serves_from_an_artifact_as_the_eager_pipeline_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "load", lambda: tiny.sd(sample_size=SIZE // 2, **tiny.ONE_BLOCK))  # compiles fast
+    pipe = ready(None, compiled=False)
     made = ready(tmp_path / "artifact")
     measured = load(made, 24, 6, steps=3)
     assert set(measured["requests"]) == {"good", "bad", "leaving", "failing"}

@@ -21,7 +21,7 @@ from tests.zoo import adapters, controlnet, generator
 @pytest.mark.slow
 def test_nothing_recompiles_moves_grows_or_differs() -> None:
     def make() -> Any:
-        return tiny.make("sd")
+        return tiny.make("sd-small")
 
     measured = soak(make, 24, warm=6, tolerance=0, sizes=(16, 24), backend="eager")
     assert measured["recompiles"] == 0

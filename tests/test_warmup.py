@@ -18,14 +18,13 @@ SETTINGS = [
     ("sd-small", {"gate_step": 0.97, "fi_interval": 2}),
     pytest.param("sd-small", {"gate_step": None}, marks=pytest.mark.slow),
     pytest.param("sd-small", {"sp_interval": 3, "fi_interval": 2, "warm_up": 2}, marks=pytest.mark.slow),
-    pytest.param("sd", {"deepcache": tgate_fx.DeepCache(interval=3, branch=0)}, marks=pytest.mark.slow),
+    pytest.param("sd-small", {"deepcache": tgate_fx.DeepCache(interval=3, branch=0)}, marks=pytest.mark.slow),
     pytest.param(
-        "sd", {"gate_step": None, "deepcache": tgate_fx.DeepCache(interval=3, branch=0)}, marks=pytest.mark.slow
+        "sd-small", {"gate_step": None, "deepcache": tgate_fx.DeepCache(interval=3, branch=0)}, marks=pytest.mark.slow
     ),
-    pytest.param("sd-img2img", {}, marks=pytest.mark.slow),
-    pytest.param("sdxl", {"after_gate": "both"}, marks=pytest.mark.slow),
+    pytest.param("sd-img2img-small", {}, marks=pytest.mark.slow),
+    pytest.param("sdxl-small", {"after_gate": "both"}, marks=pytest.mark.slow),
     ("pixart-alpha-256", {}),
-    pytest.param("svd", {}, marks=pytest.mark.slow),
 ]
 
 
@@ -41,7 +40,7 @@ def test_nothing_is_compiled_afterwards(family: str, settings: dict[str, Any], b
 
 
 @pytest.mark.parametrize(
-    "family", tiny.slow_but(("sd-inpaint-small",), ("sd-inpaint-small", "sd-inpaint", "sd-img2img", "lcm-img2img"))
+    "family", tiny.slow_but(("sd-inpaint-small",), ("sd-inpaint-small", "sd-img2img-small", "lcm-img2img"))
 )
 def test_as_many_steps_as_a_low_strength_takes(family: str, backend: CountingBackend) -> None:
     pipe = tgate_fx.compile(tiny.make(family), gate_step=3, backend=backend)

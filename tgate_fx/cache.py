@@ -40,14 +40,14 @@ class StaticCache:
             buffer.copy_(tensor)
         return buffers
 
-    def keep_mean_of_halves(self, kind: Kind, captured: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """Copy the mean of each captured tensor's two halves into buffers of half the rows, and return these."""
-        shapes = [torch.Size((tensor.shape[0] // 2, *tensor.shape[1:])) for tensor in captured]
-        buffers = self._set(kind, 0, captured, shapes)
-        for buffer, tensor in zip(buffers, captured, strict=True):
-            first, second = tensor.chunk(2)
-            torch.add(first, second, out=buffer)
-            buffer.div_(2)
+    def keep_blend(
+        self, kind: Kind, branches: Sequence[tuple[torch.Tensor, torch.Tensor]], weight: float
+    ) -> tuple[torch.Tensor, ...]:
+        """Copy what lies between the unconditional and the conditional branch's tensors into buffers; return these."""
+        first = [unconditional for unconditional, _ in branches]
+        buffers = self._set(kind, 0, first, [tensor.shape for tensor in first])
+        for buffer, (unconditional, conditional) in zip(buffers, branches, strict=True):
+            blend(unconditional, conditional, weight, buffer)
         return buffers
 
     def _set(
@@ -76,6 +76,14 @@ class StaticCache:
         if self._needs_static_addresses(buffer.device):
             private.mark_static_address(buffer)
         return buffer
+
+
+def blend(unconditional: torch.Tensor, conditional: torch.Tensor, weight: float, out: torch.Tensor) -> None:
+    """Write into ``out`` what lies between both branches, at this weight of the conditional one."""
+    if weight == 0.5:  # upstream's mean, bit for bit
+        torch.add(unconditional, conditional, out=out).div_(2)
+    else:
+        torch.lerp(unconditional, conditional, weight, out=out)
 
 
 def _key(kind: Kind, slot: int, captured: Sequence[torch.Tensor], shapes: Sequence[torch.Size]) -> tuple[object, ...]:

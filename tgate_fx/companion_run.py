@@ -32,7 +32,12 @@ class CompanionRun(Run):
 
     def own_schedule(self, schedule: Schedule) -> Schedule:
         """Return the schedule without what is cached besides cross-attention."""
-        return dataclasses.replace(schedule, sp_interval=1, fi_interval=1, warm_up=0, deep_interval=None)
+        own = {"sp_interval": 1, "fi_interval": 1, "warm_up": 0, "deep_interval": None}
+        return dataclasses.replace(schedule, after_gate=schedule.branch, **own)
+
+    def forecast_at(self, index: int) -> Any:
+        """Return what it gave last: nobody reads that at a step at which the denoiser does not run."""
+        return self._forecast.last
 
     def begin_step(self, timestep: Any) -> None:
         """Begin the step that the denoiser will run next."""

@@ -14,7 +14,7 @@ import torch
 
 from .companion_run import CompanionRun
 from .companions import only_conditional
-from .errors import StateError
+from .errors import StateError, UnsupportedError
 from .guidance import check_known_guidance, check_settings, guidance_is_on
 from .network import Network
 from .phases import Phases
@@ -25,7 +25,7 @@ from .steps import Steps
 
 _ATTRIBUTE = "_tgate"
 _PLAIN_CLASS = "_tgate_plain_class"
-_FOR_ONE_CALL = ("gate_step", "sp_interval", "fi_interval", "warm_up")
+_FOR_ONE_CALL = ("gate_step", "sp_interval", "fi_interval", "warm_up", "after_gate", "cache_weight", "forecast")
 
 
 class _AsGated:
@@ -68,11 +68,11 @@ class Gated:
         self.schedule = schedule
         self.networks = tuple(networks)
         self.companions = tuple(companions)
+        self.disabled = 0
         self.parameters = inspect.signature(type(pipe).__call__).parameters
-        check_known_guidance(pipe, self.parameters, schedule.after_gate)
+        self._check(pipe, self.settled(schedule))
         self.steps: Steps | None = None
         self.runs: list[Run] = []
-        self.disabled = 0
         self._plain_class = type(pipe)
         self._base: type[Any] = getattr(self._plain_class, _PLAIN_CLASS, None) or self._plain_class
         self._gated_class = _gated_class(self._base)  # type: ignore[arg-type]
@@ -117,7 +117,8 @@ class Gated:
         """Run the pipeline's own ``__call__`` as one generation."""
         given = {name: kwargs.pop(name) for name in _FOR_ONE_CALL if name in kwargs}
         overrides = {name: value for name, value in given.items() if value is not _AS_GATED}
-        schedule = dataclasses.replace(self.schedule, off=self.disabled > 0, **overrides)
+        schedule = self.settled(dataclasses.replace(self.schedule, **overrides))
+        self._check(pipe, schedule)
         bound = functools.partial(_bound, self.parameters, (pipe, *args), kwargs)
         control_is_conditional = only_conditional(pipe, bound("guess_mode"))
         if schedule.after_gate == "negative" and (control_is_conditional or bound("gligen_boxes") is not None):
@@ -135,6 +136,24 @@ class Gated:
         with self.generation(pipe, steps):
             return call(pipe, *args, **kwargs)
 
+    def settled(self, schedule: Schedule) -> Schedule:
+        """Return a schedule as it is for the pipeline's denoiser, and off if the gate is."""
+        settled = schedule.settled(self.networks[0].network.family.after_gate)
+        return dataclasses.replace(settled, off=self.disabled > 0)
+
+    def _check(self, pipe: Any, schedule: Schedule) -> None:
+        """Raise `UnsupportedError` if the pipeline cannot be gated so."""
+        check_known_guidance(pipe, self.parameters, schedule)
+        for each in self.networks:
+            each.network.check_schedule(schedule)
+        order = getattr(getattr(pipe, "scheduler", None), "order", 1)
+        if schedule.forecast > 1 and order != 1:
+            raise UnsupportedError(
+                f"forecast={schedule.forecast} was given with a {type(pipe.scheduler).__name__}, which evaluates the "
+                f"denoiser {order} times a step: expected a scheduler of order 1, whose outputs lie along one line. "
+                "Leave forecast out, or use another scheduler."
+            )
+
     @contextmanager
     def generation(self, pipe: Any, steps: Steps) -> Iterator[None]:
         """Context manager: what the networks are called with is one generation.
@@ -147,8 +166,6 @@ class Gated:
         with self.one_at_a_time():
             for each in self.all:
                 each.network.check_unchanged(pipe)
-            for each in self.networks:
-                each.network.check_schedule(steps.schedule)
             self.steps = steps
             self.runs = [Run(each, steps) for each in self.networks]
             companions = [CompanionRun(each, steps) for each in self.companions]

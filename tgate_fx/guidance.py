@@ -15,6 +15,7 @@ from .cache import StaticCache
 from .errors import UnsupportedError
 from .roles import Kind
 from .rows import Rows
+from .schedule import Schedule
 
 _UNKNOWN = object()  # before the first call
 
@@ -95,6 +96,7 @@ class GuidanceForm(abc.ABC):
         denoiser: the network's module.
         rows: which of its inputs follow the batch.
         branch: which branch goes on after the gate: "negative", "positive" or "both".
+        weight: of the conditional branch in what is cached of both.
 
     Attributes:
         calls: how many calls a step may have.
@@ -104,10 +106,11 @@ class GuidanceForm(abc.ABC):
     calls: ClassVar[int] = 1
     branches: ClassVar[tuple[str, ...]] = ("negative", "positive")
 
-    def __init__(self, denoiser: nn.Module, rows: Rows, branch: str) -> None:
+    def __init__(self, denoiser: nn.Module, rows: Rows, branch: str, weight: float) -> None:
         self._denoiser = denoiser
         self._rows = rows
         self._branch = branch
+        self._weight = weight
         self._timestep: object = _UNKNOWN
         self._call = 0
 
@@ -166,7 +169,7 @@ class GuidanceForm(abc.ABC):
     def merge(
         self, cache: StaticCache, kind: Kind, captured: Sequence[torch.Tensor], first: Sequence[torch.Tensor]
     ) -> Sequence[torch.Tensor]:
-        """Keep what such a call captured as the mean of both branches, which is T-GATE's cache; return the buffers.
+        """Keep what such a call captured, blended of both branches, their mean in T-GATE's cache; return the buffers.
 
         Args:
             cache: where to keep it.
@@ -183,8 +186,23 @@ class GuidanceForm(abc.ABC):
         """Return what the conditional branch captured, of such a call and the first one; ask before they are merged."""
 
     @abc.abstractmethod
-    def give_back(self, output: Any) -> Any:
-        """Return what the pipeline gets for the output of one branch, so that its guidance gives back just that."""
+    def difference(self, output: Any, first: Any) -> Any:
+        """Return the conditional branch's output less the other's, after such a call.
+
+        Args:
+            output: of this call.
+            first: of the first call of the step, which may be this one.
+        """
+
+    @abc.abstractmethod
+    def give_back(self, output: Any, difference: Any) -> tuple[Any, ...]:
+        """Return what each of the step's calls gets for the output of the branch that goes on.
+
+        Args:
+            output: of that branch.
+            difference: by how much it is ahead of the other branch; None if that gets the same, so that guidance over
+                both gives back just that.
+        """
 
 
 def guidance_is_on(pipe: Any, guidance_scale: Any) -> bool:
@@ -206,7 +224,7 @@ def guidance_is_on(pipe: Any, guidance_scale: Any) -> bool:
     return bool(active)
 
 
-def check_known_guidance(pipe: Any, parameters: Mapping[str, Any], after_gate: str) -> None:
+def check_known_guidance(pipe: Any, parameters: Mapping[str, Any], schedule: Schedule) -> None:
     """Raise `UnsupportedError` if the pipeline's ``__call__`` takes guidance of a kind that cannot be gated so."""
     name = type(pipe).__name__
     if name in _ONLY_WITH_IMAGE:
@@ -218,11 +236,11 @@ def check_known_guidance(pipe: Any, parameters: Mapping[str, Any], after_gate: s
                 "Use this pipeline ungated."
             )
     for keyword, reason in _MORE_BRANCHES.items():
-        if keyword in parameters and after_gate != "both":
+        if keyword in parameters and schedule.one_branch:
             raise UnsupportedError(
-                f"{name} uses {reason}, and after_gate={after_gate!r} keeps one: expected an unconditional and a "
-                "conditional branch for that. Give after_gate='both', which keeps the whole batch and all guidance, "
-                "or use this pipeline ungated."
+                f"{name} uses {reason}, and after_gate={schedule.after_gate!r} keeps one: expected an unconditional "
+                "and a conditional branch for that. Give after_gate='both', which keeps the whole batch and all "
+                "guidance, or use this pipeline ungated."
             )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -42,10 +41,9 @@ def generation(pipe: Any, steps: int, *, guided: bool) -> Iterator[None]:
             f"guided={guided!r} ({type(guided).__name__}): expected True if the denoiser is given both branches of "
             "guidance, else False."
         )
-    schedule = dataclasses.replace(gated.schedule, off=gated.disabled > 0)
     said = Steps(
         pipe,
-        schedule,
+        gated.settled(gated.schedule),
         guided=lambda: guided,
         count=lambda: steps,
         calls_back=True,  # what runs between the steps is not known

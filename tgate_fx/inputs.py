@@ -103,6 +103,14 @@ def map_tensors(function: Callable[[torch.Tensor], Any], value: Any) -> Any:
     return value
 
 
+def map_both(function: Callable[[torch.Tensor, torch.Tensor], Any], value: Any, other: Any) -> Any:
+    """Return the first of two values of one form with ``function`` of every tensor in it and the second's."""
+    others: list[torch.Tensor] = []
+    map_tensors(others.append, other)
+    following = iter(others)
+    return map_tensors(lambda tensor: function(tensor, next(following)), value)
+
+
 def on_meta(value: Any) -> Any:
     """Return the same value with every tensor in it on the meta device: its shape and dtype without its contents."""
     return map_tensors(lambda tensor: torch.empty_like(tensor, device="meta"), value)

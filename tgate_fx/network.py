@@ -78,7 +78,14 @@ class Network:
         ]
 
     def check_schedule(self, schedule: Schedule) -> None:
-        """Raise `UnsupportedError` if there is no site of a kind that is to be cached."""
+        """Raise `UnsupportedError` if there is no site of a kind that is to be cached, or no such branch goes on."""
+        possible = (*self.family.guidance.branches, "guided", "both")
+        if schedule.after_gate not in possible:
+            raise UnsupportedError(
+                f"after_gate={schedule.after_gate!r} was given for a {type(self.module).__name__}, whose guidance "
+                "branches come in separate calls, the conditional one first: expected "
+                f"{' or '.join(map(repr, possible))}. Give one of these, or leave after_gate out."
+            )
         if schedule.caches_self_attention and Kind.SELF_ATTENTION not in self._kinds:
             raise UnsupportedError(
                 f"sp_interval={schedule.sp_interval} and fi_interval={schedule.fi_interval} were given for a "

@@ -10,7 +10,7 @@ import torch
 from .cache import StaticCache
 from .errors import UnsupportedError
 from .guidance import GuidanceForm
-from .inputs import map_tensors
+from .inputs import map_both, map_tensors
 from .roles import Kind
 
 
@@ -52,16 +52,35 @@ class OneBatch(GuidanceForm):
     def merge(
         self, cache: StaticCache, kind: Kind, captured: Sequence[torch.Tensor], first: Sequence[torch.Tensor]
     ) -> Sequence[torch.Tensor]:
-        """Keep the mean of both halves."""
-        return cache.keep_mean_of_halves(kind, captured)
+        """Keep a blend of both halves."""
+        return cache.keep_blend(kind, [self._branches(tensor) for tensor in captured], self._weight)
 
     def conditional(self, captured: Sequence[torch.Tensor], first: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """Return the conditional half of each."""
-        return [tensor.chunk(2)[self.order.index("positive")] for tensor in captured]
+        return [self._branches(tensor)[1] for tensor in captured]
 
-    def give_back(self, output: Any) -> Any:
-        """Return the output once for each branch: guidance over two equal branches gives back exactly that output."""
-        return map_tensors(lambda tensor: torch.cat([tensor, tensor]), output)
+    def difference(self, output: Any, first: Any) -> Any:
+        """Return the difference of both halves."""
+
+        def of_halves(tensor: torch.Tensor) -> torch.Tensor:
+            unconditional, conditional = self._branches(tensor)
+            return conditional - unconditional
+
+        return map_tensors(of_halves, output)
+
+    def give_back(self, output: Any, difference: Any) -> tuple[Any, ...]:
+        """Return the output once for each branch, as one batch."""
+        if difference is None:
+            return (map_tensors(lambda tensor: torch.cat([tensor, tensor]), output),)
+        return (map_both(lambda own, ahead: torch.cat(self._ordered(own - ahead, own)), output, difference),)
+
+    def _branches(self, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the unconditional and the conditional half of a tensor."""
+        first, second = self._ordered(*tensor.chunk(2))
+        return first, second
+
+    def _ordered(self, first: torch.Tensor, second: torch.Tensor) -> list[torch.Tensor]:
+        return [first, second] if self.order[0] == "negative" else [second, first]
 
 
 class ReversedBatch(OneBatch):

@@ -41,14 +41,16 @@ def gate(
     warm_up: int = 0,
     deepcache: DeepCache | None = None,
     after_gate: str | None = None,
+    cache_weight: float = 0.5,
+    forecast: int = 1,
     gate_companions: bool = True,
 ) -> Pipeline:
     """Gate a diffusers pipeline, without compiling it.
 
     From ``gate_step`` on, the pipeline's denoiser takes every cross-attention's output from a cache and, under
     classifier-free guidance, computes one branch of the batch only (T-GATE, arXiv:2404.02747). The pipeline is changed
-    in place; its own call stays the way to use it, and takes ``gate_step``, ``sp_interval``, ``fi_interval`` and
-    ``warm_up`` as further keywords, for that call alone.
+    in place; its own call stays the way to use it, and takes ``gate_step``, ``sp_interval``, ``fi_interval``,
+    ``warm_up``, ``after_gate``, ``cache_weight`` and ``forecast`` as further keywords, for that call alone.
 
     Args:
         pipe: a diffusers pipeline with a UNet or a diffusion transformer that has cross-attention.
@@ -61,12 +63,20 @@ def gate(
             is used. With both intervals 1 it is always computed.
         deepcache: skip the deep branch of a UNet at most steps, as the `DeepCache` package does. Works without a gate
             too; not together with the intervals.
-        after_gate: which guidance branch goes on after the gate. "negative" or "positive": that branch alone, with the
-            mean of both branches' outputs as its cache; they differ only where the conditioning reaches the denoiser
-            in another way than by cross-attention, as in SDXL. "both": the whole batch with a cache for each branch,
-            and guidance goes on. None is upstream's rule where it has one ("positive" for Stable Video Diffusion,
-            "negative" for other Stable Diffusion and PixArt), and "positive" for all others. Where the other branch has
-            zeros in place of control (``guess_mode``, GLIGEN's boxes), "positive" goes on in place of "negative".
+        after_gate: which guidance branch goes on after the gate. "negative" or "positive": that branch alone; they
+            differ only where the conditioning reaches the denoiser in another way than by cross-attention, as in SDXL.
+            "guided": the conditional branch alone, and guidance goes on with the difference of the branches at the last
+            step before the gate, held constant as noise (see `tgate_fx.held_difference`). "both": the whole batch with
+            a cache for each branch, and guidance goes on. None is upstream's rule where it has one ("positive" for
+            Stable Video Diffusion, "negative" for other Stable Diffusion and PixArt), "positive" for all others, and
+            with ``cache_weight=1.0``. Where the other branch has zeros in place of control (``guess_mode``, GLIGEN's
+            boxes), "positive" goes on in place of "negative".
+        cache_weight: what is cached where one branch goes on: ``lerp(unconditional, conditional, cache_weight)`` of the
+            branches' outputs, from 0 to 1. 0.5 is T-GATE's mean; 1.0, the conditional branch's own, keeps more of the
+            prompt at early gates. It changes no graph.
+        forecast: from the gate on, the denoiser is computed at every such step, counted from the gate, and at the last
+            one; between, its output goes on in a straight line from the last two that were computed. Not together with
+            ``fi_interval``, ``deepcache``, ``after_gate="both"`` or a scheduler of order 2.
         gate_companions: after the gate, ControlNets too run on the branch that goes on, with their cross-attentions
             cached; False lets them compute the whole batch at every step.
 
@@ -79,7 +89,8 @@ def gate(
         StateError: the pipeline is gated already.
     """
     networks = _networks(pipe, deepcache)
-    schedule = _schedule(networks, gate_step, sp_interval, fi_interval, warm_up, deepcache, after_gate)
+    deep_interval = None if deepcache is None else deepcache.interval
+    schedule = Schedule(gate_step, sp_interval, fi_interval, warm_up, deep_interval, after_gate, cache_weight, forecast)
     _attach(pipe, schedule, networks, gate_companions, EagerPhases)
     return pipe
 
@@ -94,6 +105,8 @@ def compile(
     warm_up: int = 0,
     deepcache: DeepCache | None = None,
     after_gate: str | None = None,
+    cache_weight: float = 0.5,
+    forecast: int = 1,
     gate_companions: bool = True,
     backend: str | Callable[..., Any] = "inductor",
     mode: str | None = None,
@@ -109,7 +122,8 @@ def compile(
     ``deepcache`` one more for each phase.
 
     Args:
-        pipe, gate_step, sp_interval, fi_interval, warm_up, deepcache, after_gate, gate_companions: as for `gate`.
+        pipe, gate_step, sp_interval, fi_interval, warm_up, deepcache, after_gate, cache_weight, forecast,
+            gate_companions: as for `gate`.
         backend, mode, options: handed on to torch.compile. With inductor on a CPU, ``options["freezing"]`` is on unless
             ``mode`` is given or ``options={"freezing": False}``: it packs the weights for this CPU, and is what makes
             inductor faster than eager there. Each phase then keeps its own copy of the weights; weights that change
@@ -133,7 +147,8 @@ def compile(
         raise ArgumentError(f"mode={mode!r} and options={options!r} were both given: expected one of them.")
     settings = CompileSettings(backend, mode, dynamic, options, regional)
     networks = _networks(pipe, deepcache)
-    schedule = _schedule(networks, gate_step, sp_interval, fi_interval, warm_up, deepcache, after_gate)
+    deep_interval = None if deepcache is None else deepcache.interval
+    schedule = Schedule(gate_step, sp_interval, fi_interval, warm_up, deep_interval, after_gate, cache_weight, forecast)
     phases = RegionalPhases if regional else WholePhases
     _attach(pipe, schedule, networks, gate_companions, lambda network: phases(network, settings))
     return pipe
@@ -161,30 +176,6 @@ def _networks(pipe: Any, deepcache: object) -> list[Network]:
             "tgate_fx.DeepCache(interval=..., branch=...), or None."
         )
     return networks_of(pipe, deepcache)
-
-
-def _schedule(
-    networks: Sequence[Network],
-    gate_step: int | float | None,
-    sp_interval: int,
-    fi_interval: int,
-    warm_up: int,
-    deepcache: DeepCache | None,
-    after_gate: str | None,
-) -> Schedule:
-    deep_interval = None if deepcache is None else deepcache.interval
-    after_gate = networks[0].family.after_gate if after_gate is None else after_gate
-    schedule = Schedule(gate_step, sp_interval, fi_interval, warm_up, deep_interval, after_gate)
-    for network in networks:
-        network.check_schedule(schedule)
-        possible = (*network.family.guidance.branches, "both")
-        if after_gate not in possible:
-            raise UnsupportedError(
-                f"after_gate={after_gate!r} was given for a {type(network.module).__name__}, whose guidance branches "
-                f"come in separate calls, the conditional one first: expected {' or '.join(map(repr, possible))}. Give "
-                "one of these, or leave after_gate out."
-            )
-    return schedule
 
 
 def report(pipe: Any, *, ladder: bool = False) -> Report:

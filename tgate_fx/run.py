@@ -10,6 +10,8 @@ import torch
 
 from .cache import StaticCache
 from .errors import StateError, UnsupportedError
+from .forecast import Forecast
+from .held_difference import HeldDifference
 from .inputs import latents_of
 from .network import Network
 from .phases import Example, Phases, example
@@ -62,11 +64,15 @@ class Run:
         self._cache = gated.cache
         self.steps = steps
         family = self.network.family
-        self._guidance = family.guidance(self.network.module, family.rows, steps.schedule.after_gate)
+        own = steps.schedule
+        self._guidance = family.guidance(self.network.module, family.rows, own.branch, own.cache_weight)
         self.loop = 0
-        self._answer: Any = None
+        self._answers: tuple[Any, ...] = ()
         self.schedule = self.own_schedule(steps.schedule)
         self.examples: dict[Roles, Example] = {}
+        self._forecast = Forecast()
+        self._held: HeldDifference | None = None
+        self._first_output: Any = None  # of the last full step
         self.device: torch.device | None = None
         self.branch_sliced = False
 
@@ -90,35 +96,59 @@ class Run:
             if not step.gated:
                 self._check_rows(latents.shape[0])
         one_branch = step.gated and self.schedule.one_branch
-        self.branch_sliced = one_branch and guided
         if one_branch and call:
-            return self._answer
+            return self._answers[-1]
+        difference = self._held.at(inputs.get("timestep")) if self._held and one_branch and guided else None
+        self.branch_sliced = one_branch and guided and difference is None
         started = self.steps.clock.start(latents.device)
+        graphs, rows = self.phases.graphs, 0
+        if step.computed:
+            output, rows = self._compute(step, call, inputs, guided)
+            if step.gated and self.schedule.forecast > 1:
+                self._forecast.add(index, output)
+        else:
+            output = self.forecast_at(index)
+        if one_branch:
+            self._answers = self._guidance.give_back(output, difference) if guided else (output,)
+            output = self._answers[0]
+        self.note(started, step.phase, rows, self.phases.graphs - graphs)
+        return output
+
+    def _compute(self, step: Step, call: int, inputs: dict[str, Any], guided: bool) -> tuple[Any, int]:
+        """Run the phase of a step on the rows that it has; return its output, and how many these are."""
+        latents = latents_of(inputs)[1]
         rows = latents.shape[0]
-        if self.branch_sliced:
+        one_branch = step.gated and self.schedule.one_branch
+        sliced = one_branch and guided
+        if sliced:
             inputs = self._guidance.one_branch(inputs, rows)
             rows = self._guidance.rows_kept(rows)
-        if one_branch and index == self.schedule.gate_step and not guided and self._cached[_OWN][Kind.CROSS_ATTENTION]:
+        at_the_gate = one_branch and self.steps.index == self.schedule.gate_step
+        if at_the_gate and not guided and self._cached[_OWN][Kind.CROSS_ATTENTION]:
             self._slot = _OWN
         slot = self._slot if one_branch else min(call, _OWN)
         cache = self._cache_for(step, slot, (rows, *latents.shape[1:]))
         if step.roles not in self.examples:
             self.examples[step.roles] = example(step, cache, inputs)
-        graphs = self.phases.graphs
         output, captured = self.phases(step, cache, inputs)
         if any(step.keep):
-            self._keep(step, slot, captured, latents, guided)
-        if one_branch:
-            self._answer = output
-        if self.branch_sliced:
-            output = self._guidance.give_back(output)
-        self.note(started, step.phase, rows, self.phases.graphs - graphs)
-        return output
+            self._keep(step, slot, captured, latents, guided, sliced)
+        if self._held and guided and step.keep[Kind.CROSS_ATTENTION]:
+            self._first_output = output if call == 0 else self._first_output
+            if self._guidance.has_other_branch(guided):
+                self._held.capture(self._guidance.difference(output, self._first_output), inputs.get("timestep"))
+        return output, rows
+
+    def forecast_at(self, index: int) -> Any:
+        """Return the output of a step at which the denoiser does not run."""
+        return self._forecast.at(index)
 
     def end(self) -> None:
         """End the generation, even one that failed."""
         self.branch_sliced = False
-        self._answer = None
+        self._answers = ()
+        self._first_output = self._held = None
+        self._forecast = Forecast()
 
     @property
     def guided(self) -> bool:
@@ -148,6 +178,9 @@ class Run:
         self._guided_rows = 0
         self._first_guided: int | None = None
         self._slot = 0  # from the gate on, where one branch goes on
+        self._forecast = Forecast()
+        guides_on = self.schedule.after_gate == "guided" and self.steps.will_gate
+        self._held = HeldDifference(self.steps.scheduler) if guides_on else None
 
     def _verify(self, index: int, call: int, inputs: Mapping[str, Any], latents: torch.Tensor) -> None:
         """See at the first guided step that the branches arrive as is assumed, and at the next one that all did."""
@@ -180,14 +213,14 @@ class Run:
         pairs = zip(step.roles, self._cached[slot], strict=True)
         return tuple([cached if role is Role.REUSE else () for role, cached in pairs])
 
-    def _keep(self, step: Step, slot: int, captured: Cache, latents: torch.Tensor, guided: bool) -> None:
+    def _keep(self, step: Step, slot: int, captured: Cache, latents: torch.Tensor, guided: bool, sliced: bool) -> None:
         """Copy what was captured into the static cache; of two branches into one's, if one goes on."""
         shape = latents.shape[1:]
         # The next step is the first gated one, and both branches were still computed.
-        last = self.schedule.one_branch and not step.gated and self.schedule.at(self.steps.index + 1).gated
+        last = self.schedule.one_branch and step.keep[Kind.CROSS_ATTENTION]
         merges = last and self._guidance.has_other_branch(guided)
         rows = latents.shape[0]
-        if merges or self.branch_sliced:
+        if merges or sliced:
             rows = self._guidance.rows_kept(rows)
         for kind in Kind:
             if step.keep[kind]:

@@ -8,13 +8,14 @@ arXiv:2312.00858).
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from .errors import ArgumentError, as_int, checked_count
 from .roles import Kind, Role, Roles
 
-AFTER_GATE = ("negative", "positive", "both")
+AFTER_GATE = ("negative", "positive", "both", "guided")
 
 
 class Step(NamedTuple):
@@ -25,12 +26,14 @@ class Step(NamedTuple):
         roles: what the sites do.
         keep: for each kind of site, whether what it captures is kept for later steps.
         gated: whether it is after the gate.
+        computed: whether the denoiser runs at all: at the other steps its output is forecast.
     """
 
     phase: str
     roles: Roles
     keep: tuple[bool, bool, bool]
     gated: bool
+    computed: bool = True
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,11 @@ class Schedule:
         warm_up: the first step whose self-attention is cached.
         deep_interval: the deep branch of the UNet is computed at every multiple of this, counted anew from the last
             step before the gate and from the gate; None: always.
-        after_gate: which guidance branch goes on after the gate: "negative", "positive" or "both".
+        after_gate: which guidance branch goes on after the gate: "negative", "positive" or "both"; "guided" is
+            "positive", with the difference of the branches held; None for what `settled` says.
+        cache_weight: of the conditional branch, in what is cached of both; the unconditional one has the rest.
+        forecast: from the gate on the denoiser is computed at every such step, and at the last one.
+        last: index of the last step, of a resolved schedule; None if it is not known.
         off: nothing is taken from a cache; every step is the one that captures all that the others would reuse, so
             that no graph is compiled for it alone.
     """
@@ -55,23 +62,42 @@ class Schedule:
     fi_interval: int = 1
     warm_up: int = 0
     deep_interval: int | None = None
-    after_gate: str = "negative"
+    after_gate: str | None = None
+    cache_weight: float = 0.5
+    forecast: int = 1
+    last: int | None = None
     off: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "gate_step", checked_gate_step(self.gate_step))
-        for name, least in (("sp_interval", 1), ("fi_interval", 1), ("warm_up", 0)):
+        for name, least in (("sp_interval", 1), ("fi_interval", 1), ("warm_up", 0), ("forecast", 1)):
             object.__setattr__(self, name, checked_count(name, getattr(self, name), least=least))
-        if self.after_gate not in AFTER_GATE:
+        object.__setattr__(self, "cache_weight", _checked_weight(self.cache_weight))
+        if self.after_gate is not None and self.after_gate not in AFTER_GATE:
             raise ArgumentError(
                 f"after_gate={self.after_gate!r} is not one of {', '.join(map(repr, AFTER_GATE))}: expected which "
                 "guidance branch goes on after the gate."
             )
+        if self.forecast > 1:
+            self._check_forecast()
         if self.deep_interval is not None and self.caches_self_attention:
             raise ArgumentError(
                 f"deepcache was given with sp_interval={self.sp_interval} and fi_interval={self.fi_interval}: expected "
                 "both intervals to be 1, since the deep branch is skipped whole. Use one or the other."
             )
+
+    def _check_forecast(self) -> None:
+        clashes = {
+            f"fi_interval={self.fi_interval}": self.fi_interval > 1,
+            "deepcache": self.deep_interval is not None,
+            "after_gate='both'": self.after_gate == "both",
+        }
+        for given, clash in clashes.items():
+            if clash:
+                raise ArgumentError(
+                    f"forecast={self.forecast} was given with {given}: expected one or the other, since steps that are "
+                    "forecast capture nothing, and guidance would multiply a forecast's error. Leave one out."
+                )
 
     @property
     def caches_self_attention(self) -> bool:
@@ -95,20 +121,35 @@ class Schedule:
         """Whether gated steps see one guidance branch only."""
         return self.after_gate != "both"
 
+    @property
+    def branch(self) -> str:
+        """Which branch goes on after the gate, of a settled schedule: "negative", "positive" or "both"."""
+        assert self.after_gate is not None
+        return "positive" if self.after_gate == "guided" else self.after_gate
+
+    def settled(self, family: str) -> Schedule:
+        """Return the schedule with a branch that goes on: by itself the family's, or the only one that is cached."""
+        if self.after_gate is not None:
+            return self
+        return replace(self, after_gate="positive" if self.cache_weight == 1 else family)
+
     def resolve(self, steps: int | None) -> Schedule:
         """Return the schedule with the gate as a step index, for a generation of ``steps`` steps (None if unknown).
 
         Raises:
-            ArgumentError: the gate is a share and the number of steps is unknown.
+            ArgumentError: the gate is a share, or steps are forecast, and the number of steps is unknown.
         """
-        if self.off or not isinstance(self.gate_step, float):
+        share = isinstance(self.gate_step, float)
+        if self.off or not (share or self.forecast > 1):
             return self
         if steps is None:
+            given = f"gate_step={self.gate_step!r} is a share of the steps" if share else f"forecast={self.forecast}"
             raise ArgumentError(
-                f"gate_step={self.gate_step!r} is a share of the steps, but this pipeline does not say how many steps "
-                "it will run: give gate_step as an int."
+                f"{given} was given, but this pipeline does not say how many steps it will run, which that needs: give "
+                "gate_step as an int, and leave forecast out."
             )
-        return replace(self, gate_step=max(1, round(self.gate_step * steps)))
+        gate = max(1, round(self.gate_step * steps)) if isinstance(self.gate_step, float) else self.gate_step
+        return replace(self, gate_step=gate, last=steps - 1)
 
     def begun_at(self, index: int) -> Schedule:
         """Return the resolved schedule for a network that is first called at this step: there it computes everything.
@@ -142,7 +183,10 @@ def _step(schedule: Schedule, index: int) -> Step:
         phase += ", self-attention reused"
     if roles.deep_branch is Role.REUSE:
         phase += ", shallow"
-    return Step(phase, roles, (keep[0], keep[1], keep[2]), gated)
+    computed = not gated or (index - int(schedule.gate_step or 0)) % schedule.forecast == 0 or index == schedule.last
+    if not computed:
+        phase = "forecast"
+    return Step(phase, roles, (keep[0], keep[1], keep[2]), gated, computed)
 
 
 def _is_gated(schedule: Schedule, index: int) -> bool:
@@ -189,3 +233,16 @@ def checked_gate_step(value: object) -> int | float | None:
         f"gate_step={value!r} ({type(value).__name__}) is not a gate step: expected an int ≥ 1 (the index of the first "
         "gated step), a float between 0 and 1 (that share of the steps), or None (never gated)."
     )
+
+
+def _checked_weight(value: object) -> float:
+    try:
+        weight = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        weight = math.nan
+    if not 0.0 <= weight <= 1.0:
+        raise ArgumentError(
+            f"cache_weight={value!r} ({type(value).__name__}) is not a weight: expected a number from 0 (the "
+            "unconditional branch is cached) to 1 (the conditional one), 0.5 for the mean of both."
+        )
+    return weight

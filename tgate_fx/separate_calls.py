@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from .cache import StaticCache
+from .cache import StaticCache, blend
 from .errors import UnsupportedError
 from .guidance import GuidanceForm
+from .inputs import map_both
 from .roles import Kind
 
 
@@ -67,23 +68,27 @@ class SeparateCalls(GuidanceForm):
     def merge(
         self, cache: StaticCache, kind: Kind, captured: Sequence[torch.Tensor], first: Sequence[torch.Tensor]
     ) -> Sequence[torch.Tensor]:
-        """Replace what is kept of the first call by its mean with these."""
+        """Replace what is kept of the first call by its blend with these."""
         for buffer, tensor in zip(first, captured, strict=True):
             if buffer.shape != tensor.shape:
                 raise UnsupportedError(
                     f"A {kind.title} output has shape {list(buffer.shape)} in one guidance branch and "
                     f"{list(tensor.shape)} in the other: expected the same. Use gate_step=None, or guidance off."
                 )
-            buffer.add_(tensor).div_(2)
+            blend(tensor, buffer, self._weight, buffer)
         return first
 
     def conditional(self, captured: Sequence[torch.Tensor], first: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """Return the first call's."""
         return first
 
-    def give_back(self, output: Any) -> Any:
-        """Return the same output."""
-        return output
+    def difference(self, output: Any, first: Any) -> Any:
+        """Return the difference of both calls."""
+        return map_both(torch.sub, first, output)
+
+    def give_back(self, output: Any, difference: Any) -> tuple[Any, ...]:
+        """Return the output for the first call, and for the second one."""
+        return output, output if difference is None else map_both(torch.sub, output, difference)
 
 
 class PairedCalls(SeparateCalls):

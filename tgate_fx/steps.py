@@ -68,6 +68,11 @@ class Steps:
         return self._guided()
 
     @property
+    def scheduler(self) -> Any:
+        """The pipeline's scheduler."""
+        return getattr(self._pipe, "scheduler", None)
+
+    @property
     def will_gate(self) -> bool:
         """Whether there is a gated step, as far as the number of steps is known."""
         gate = self.schedule.gate_step
@@ -113,7 +118,7 @@ class Steps:
         self.loop += 1
 
     def _scheduled(self) -> Any:
-        return getattr(getattr(self._pipe, "scheduler", None), "timesteps", None)
+        return getattr(self.scheduler, "timesteps", None)
 
     def refuse_call(self) -> None:
         """Raise `UnsupportedError` for a call of the denoiser beyond those of its step."""

@@ -5,16 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers.models import attention_processor
 from torch import nn
 
 from .lora_scales import device_of
 
-_PROCESSORS = (
-    attention_processor.IPAdapterAttnProcessor,
-    attention_processor.IPAdapterAttnProcessor2_0,
-    attention_processor.IPAdapterXFormersAttnProcessor,
-)
+# diffusers' classes, by name: diffusers takes seconds to import.
+_PROCESSORS = ("IPAdapterAttnProcessor", "IPAdapterAttnProcessor2_0", "IPAdapterXFormersAttnProcessor")
 
 
 class _Scale:
@@ -66,7 +62,7 @@ class ImageScales:
 
     def begin(self) -> None:
         """Begin a generation: see which IP-Adapters there are."""
-        self._processors = [module for module in self._denoiser.modules() if isinstance(module, _PROCESSORS)]
+        self._processors = [module for module in self._denoiser.modules() if type(module).__name__ in _PROCESSORS]
         self._kept = {each: self._kept[each] for each in self._processors if each in self._kept}
 
     def put(self, device: torch.device) -> None:

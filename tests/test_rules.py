@@ -1,0 +1,266 @@
+"""What is kept after the gate: the branches' weights, guidance that goes on, and steps that are forecast."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+
+import tgate_fx
+from tests import oracle, tiny, zoo
+from tests.conftest import CountingBackend
+from tests.test_compile import relative_error
+from tests.test_families import ENTRIES, companions_of, denoisers_of, parameters
+from tests.test_refusals import says
+from tests.zoo import controlnet, wan
+from tgate_fx.forecast import Forecast
+
+GATE = 3
+STEPS = 9
+KWARGS = {**tiny.inputs("sd"), "num_inference_steps": STEPS}
+
+
+def generate(pipe: Any, **changes: Any) -> torch.Tensor:
+    return tiny.latents(pipe, **{**KWARGS, **changes})
+
+
+def by_hooks(pipe: Any, keep: str = "positive", gate: int = GATE, **rule: Any) -> torch.Tensor:
+    """Generate with the rule written down in plain hooks."""
+    sites = [site.name for site in tgate_fx.sites(pipe)]
+    networks = [oracle.Network(pipe.unet, sites)]
+    result: torch.Tensor = oracle.gated(networks, lambda: generate(pipe), gate, "batch", keep=keep, steps=STEPS, **rule)
+    return result
+
+
+def with_velocity(name: str) -> Any:
+    pipe = tiny.sd()
+    pipe.scheduler = tiny.scheduler(name).from_config(pipe.scheduler.config, prediction_type="v_prediction")
+    return pipe
+
+
+def alpha(pipe: Any) -> Callable[[int], float]:
+    """What multiplies the image in the noisy one at a step, from the scheduler's training."""
+    return lambda step: float(pipe.scheduler.alphas_cumprod[int(pipe.scheduler.timesteps[step])] ** 0.5)
+
+
+@pytest.mark.parametrize("gate", [1, 3])
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+def test_weights_of_the_branches(weight: float, gate: int) -> None:
+    pipe = tiny.sd()
+    keep = "positive" if weight == 1 else "negative"  # which goes on by itself
+    expected = by_hooks(pipe, keep, gate, weight=weight)
+    mean = generate(tgate_fx.gate(pipe, gate))
+    assert relative_error(generate(pipe, cache_weight=weight), expected) < 1e-6
+    assert relative_error(mean, expected) > 1e-4
+    assert torch.equal(generate(pipe), mean)
+    tgate_fx.restore(pipe)
+    assert relative_error(generate(tgate_fx.gate(pipe, gate, cache_weight=weight)), expected) < 1e-6
+
+
+def test_the_conditional_branch_alone_is_cached_bit_for_bit() -> None:
+    """Its cache is what a run without the other branch would have captured."""
+    pipe = tiny.sd()
+    seen = []
+    attention = pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2
+    with oracle.hooked(attention.register_forward_hook(lambda module, args, output: seen.append(output))):
+        generate(pipe)
+    tgate_fx.gate(pipe, GATE, cache_weight=1.0)
+    generate(pipe)
+    cached = pipe._tgate.networks[0].cache.buffers()[0]
+    assert torch.equal(cached, seen[GATE - 1].chunk(2)[1])
+
+
+@pytest.mark.parametrize("every", [2, 3, 20])
+@pytest.mark.parametrize("weight", [0.5, 1.0])
+def test_forecast_steps(every: int, weight: float) -> None:
+    pipe = tiny.sd()
+    expected = by_hooks(pipe, forecast=every, weight=weight)
+    tgate_fx.gate(pipe, GATE, after_gate="positive", cache_weight=weight)
+    calls: list[int] = []
+    with oracle.hooked(pipe.unet.conv_in.register_forward_hook(lambda *_: calls.append(1))):
+        got = generate(pipe, forecast=every)
+    assert relative_error(got, expected) < 1e-5
+    rows = tgate_fx.report(pipe).steps
+    computed = [index for index in range(STEPS) if index < GATE or not (index - GATE) % every or index + 1 == STEPS]
+    assert [row.index for row in rows if row.phase != "forecast"] == computed
+    assert [row.batch for row in rows if row.phase == "forecast"] == [0] * (STEPS - len(computed))
+    assert len(calls) == len(computed)
+    assert relative_error(generate(pipe), got) > 1e-4
+
+
+def test_a_straight_line_is_forecast_exactly() -> None:
+    forecast = Forecast()
+    start, slope = torch.randn(2, 3), torch.randn(2, 3)
+    forecast.add(4, (start,))
+    assert torch.equal(forecast.at(5)[0], start)
+    for index in (7, 10):
+        forecast.add(index, (start + slope * (index - 4),))
+    for index in (11, 12):
+        assert torch.allclose(forecast.at(index)[0], start + slope * (index - 4), atol=1e-5)
+
+
+@pytest.mark.parametrize("forecast", [1, 2])
+@pytest.mark.parametrize(
+    ("make", "level"),
+    [
+        (tiny.sd, lambda pipe: lambda step: 1.0),
+        (lambda: with_velocity("DDIM"), alpha),
+        (lambda: with_velocity("EulerDiscrete"), alpha),
+        (lambda: with_velocity("DPMSolverMultistep"), alpha),
+    ],
+    ids=["noise", "velocity, DDIM", "velocity, Euler", "velocity, DPM++"],
+)
+def test_guidance_that_goes_on(
+    make: Callable[[], Any], level: Callable[[Any], Callable[[int], float]], forecast: int
+) -> None:
+    pipe = make()
+    expected = by_hooks(pipe, weight=1.0, forecast=forecast, level=level(pipe))
+    tgate_fx.gate(pipe, GATE, after_gate="guided", cache_weight=1.0, forecast=forecast)
+    got = generate(pipe)
+    assert relative_error(got, expected) < 1e-3  # Euler's timesteps are rounded between those of the training
+    assert relative_error(generate(pipe, after_gate="positive"), got) > 1e-2
+    assert {row.batch for row in tgate_fx.report(pipe).steps[GATE:]} <= {0, 1}
+    assert torch.equal(generate(pipe, guidance_scale=1.0), generate(pipe, guidance_scale=1.0, after_gate="positive"))
+
+
+def test_guidance_that_goes_on_in_separate_calls() -> None:
+    entry = next(entry for entry in wan.ENTRIES if entry.pipeline == "WanPipeline")
+    pipe = entry.make()
+    sites = [site.name for site in tgate_fx.sites(pipe)]
+    sigmas = []
+
+    def level(step: int) -> float:
+        sigmas[:] = pipe.scheduler.sigmas.tolist()
+        return 1 - sigmas[step]
+
+    networks = [oracle.Network(pipe.transformer, sites)]
+    expected = oracle.gated(networks, lambda: entry.run(pipe), 2, "calls", 2, weight=1.0, level=level)
+    tgate_fx.gate(pipe, 2, after_gate="guided", cache_weight=1.0)
+    assert relative_error(entry.run(pipe), expected) < 1e-5
+    assert max(sigmas) <= 1
+    tgate_fx.restore(pipe)
+    assert relative_error(entry.run(tgate_fx.gate(pipe, 2, cache_weight=1.0)), expected) > 1e-4
+
+
+def test_rescaled_guidance_goes_on_too() -> None:
+    """The pipeline is given a pair, with which it does what it always does."""
+    pipe = tiny.sd()
+    sites = [site.name for site in tgate_fx.sites(pipe)]
+    networks = [oracle.Network(pipe.unet, sites)]
+
+    def rescaled() -> torch.Tensor:
+        return generate(pipe, guidance_rescale=0.7)
+
+    expected = oracle.gated(networks, rescaled, GATE, "batch", weight=1.0, level=lambda step: 1.0)
+    plain = by_hooks(pipe, weight=1.0, level=lambda step: 1.0)
+    tgate_fx.gate(pipe, GATE, after_gate="guided", cache_weight=1.0)
+    assert relative_error(rescaled(), expected) < 1e-5
+    assert relative_error(plain, expected) > 1e-4
+
+
+@pytest.mark.parametrize("regional", tiny.slow_but((False,), (False, True)))
+def test_no_rule_takes_a_graph(regional: bool, backend: CountingBackend) -> None:
+    pipe, eager = tiny.make("sd-small"), tiny.make("sd-small")
+    tgate_fx.compile(pipe, GATE, backend=backend, regional=regional)
+    tgate_fx.gate(eager, GATE)
+    generate(pipe)
+    for rule in (
+        {"cache_weight": 1.0},
+        {"cache_weight": 0.7, "after_gate": "negative"},
+        {"after_gate": "guided"},
+        {"after_gate": "guided", "cache_weight": 1.0, "forecast": 2},
+        {"forecast": 3},
+        {},
+    ):
+        assert relative_error(generate(pipe, **rule), generate(eager, **rule)) < 1e-5
+    assert len(backend.graphs) == 2
+    assert tgate_fx.report(pipe).recompiles == 0
+
+
+def test_companions_rest_while_steps_are_forecast() -> None:
+    pipe = controlnet.with_controlnet("StableDiffusionControlNetPipeline")
+    tgate_fx.gate(pipe, 2, after_gate="positive", forecast=3)
+    calls: list[int] = []
+    call = controlnet.inputs(image=controlnet.image(), num_inference_steps=8)
+    with oracle.hooked(pipe.controlnet.conv_in.register_forward_hook(lambda *_: calls.append(1))):
+        result = pipe(**call).images
+    assert torch.isfinite(result).all()
+    assert len(calls) == 2 + 3
+    assert [row.phase for row in tgate_fx.report(pipe).steps].count("forecast") == 3
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ({"cache_weight": 1.5}, says("cache_weight=1.5", "from 0", "to 1")),
+        ({"cache_weight": "mean"}, says("cache_weight='mean'", "expected a number")),
+        ({"cache_weight": float("nan")}, says("cache_weight=nan")),
+        ({"forecast": 0}, says("forecast=0", "expected an int ≥ 1")),
+        ({"forecast": 2, "fi_interval": 2}, says("forecast=2", "fi_interval=2", "Leave one out")),
+        ({"forecast": 2, "after_gate": "both"}, says("forecast=2", "after_gate='both'", "Leave one out")),
+    ],
+)
+@pytest.mark.parametrize("per_call", [False, True])
+def test_what_is_refused(rule: dict[str, Any], message: str, per_call: bool) -> None:
+    pipe = tiny.make("sd-small")
+    plain = generate(pipe)
+    if per_call:
+        expected = generate(tgate_fx.gate(pipe, GATE))
+        with pytest.raises(tgate_fx.ArgumentError, match=message):
+            generate(pipe, **rule)
+        assert torch.equal(generate(pipe), expected)
+    else:
+        with pytest.raises(tgate_fx.ArgumentError, match=message):
+            tgate_fx.gate(pipe, GATE, **rule)
+        assert torch.equal(generate(pipe), plain)
+
+
+def test_schedulers_that_a_rule_is_refused_with() -> None:
+    pipe = tgate_fx.gate(tiny.make("sd-small"), GATE)
+    pipe.scheduler = tiny.scheduler("HeunDiscrete")
+    expected = generate(pipe)
+    with pytest.raises(tgate_fx.UnsupportedError, match=says("forecast=2", "HeunDiscreteScheduler", "order 1")):
+        generate(pipe, forecast=2)
+    assert torch.equal(generate(pipe), expected)
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, prediction_type="sample")
+    with pytest.raises(tgate_fx.UnsupportedError, match=says("after_gate='guided'", "DDIMScheduler", "'sample'")):
+        generate(pipe, after_gate="guided")
+    generate(pipe)
+
+
+def test_a_number_of_steps_that_is_not_known() -> None:
+    schedule = tgate_fx.schedule.Schedule(2, forecast=2)
+    with pytest.raises(tgate_fx.ArgumentError, match=says("forecast=2", "does not say how many steps")):
+        schedule.resolve(None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("entry", parameters([entry for entry in ENTRIES if entry.form != "whole"], ()))
+def test_every_family(entry: zoo.Entry) -> None:
+    """A weight of its own and a forecast: all at once, against the same hooks."""
+    pipe = entry.make()
+    denoisers = denoisers_of(pipe, entry)
+    calls = 2 if entry.form == "calls" else 1
+    sites = [oracle.find_sites(each, lambda: entry.run(pipe), entry.latents, entry.text) for each in denoisers]
+    networks = [oracle.Network(*pair) for pair in zip(denoisers, sites, strict=True)]
+    rule = {"weight": 0.8, "forecast": 2 if entry.loop is None else 1}
+    companions = companions_of(pipe, entry)
+    expected = oracle.gated(
+        networks, lambda: entry.run(pipe), 1, entry.form, calls, loop=entry.loop, steps=zoo.STEPS,
+        companions=companions, companions_form=entry.companions_form, **rule,
+    )  # fmt: skip
+    tgate_fx.gate(
+        pipe,
+        gate_step=1,
+        after_gate=entry.after_gate,
+        cache_weight=rule["weight"],
+        forecast=rule["forecast"],
+        **entry.settings,
+    )
+    assert relative_error(entry.run(pipe), expected) < 1e-5
+    phases = [step.phase for step in tgate_fx.report(pipe).steps]
+    assert operator.countOf(phases, "forecast") == (0 if entry.loop else 1)

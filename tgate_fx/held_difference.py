@@ -1,0 +1,101 @@
+"""Guidance after the gate by what the branches differed in before it, held constant as noise.
+
+A model that predicts the velocity v, or a flow, predicts noise times a number that depends on the step: from the last
+full step to a later one its difference changes by the ratio of these. At a given
+x, v = α ε − σ x₀ of x = α x₀ + σ ε (Salimans and Ho, arXiv:2202.00512) means Δε = α Δv; the flow ε − x₀ of
+x = (1 − σ) x₀ + σ ε (Lipman et al., arXiv:2210.02747) means Δε = (1 − σ) Δflow.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .errors import UnsupportedError
+from .inputs import map_tensors
+
+# What a difference of predictions is multiplied by for one of noises, at the step that the denoiser is called for.
+Level = Callable[[Any], "float | torch.Tensor"]
+
+# These scale what goes into the model and what comes out, so that it predicts something else than they say.
+_PRECONDITIONED = ("EDM", "CosineDPM")
+
+
+class HeldDifference:
+    """The difference of the branches' outputs, the conditional one's less the other's, from one step on.
+
+    Args:
+        scheduler: of the pipeline, with its timesteps set.
+
+    Raises:
+        UnsupportedError: it is not known what the scheduler's model predicts.
+    """
+
+    def __init__(self, scheduler: Any) -> None:
+        self._level = _level(scheduler)
+        self._difference: Any = None
+        self._captured_at: float | torch.Tensor = 1.0
+
+    def capture(self, difference: Any, timestep: Any) -> None:
+        """Hold the difference of the step with this timestep."""
+        self._difference = difference
+        self._captured_at = self._level(timestep)
+
+    def at(self, timestep: Any) -> Any:
+        """Return the difference for the step with this timestep; None if there was no guidance before."""
+        if self._difference is None:
+            return None
+        factor = self._captured_at / self._level(timestep)
+        if isinstance(factor, float) and factor == 1.0:
+            return self._difference
+        return map_tensors(lambda tensor: tensor * factor, self._difference)
+
+
+def _level(scheduler: Any) -> Level:
+    name = type(scheduler).__name__
+    predicts = getattr(scheduler.config, "prediction_type", None)
+    if name.startswith("FlowMatch"):
+        predicts = "flow_prediction"
+    sigmas = getattr(scheduler, "sigmas", None)
+    alphas = getattr(scheduler, "alphas_cumprod", None)
+    if not name.startswith(_PRECONDITIONED):
+        if predicts == "epsilon":
+            return lambda timestep: 1.0
+        if sigmas is not None and hasattr(scheduler, "step_index"):
+            values = torch.as_tensor(sigmas).tolist()
+            if predicts == "v_prediction":
+                return _by_position(scheduler, [1 / math.hypot(1, sigma) for sigma in values])
+            if predicts == "flow_prediction" and max(values) <= 1:
+                return _by_position(scheduler, [1 - sigma for sigma in values])
+        elif predicts == "v_prediction" and alphas is not None:
+            return _by_timestep(alphas.sqrt())
+    raise UnsupportedError(
+        f"after_gate='guided' was given with a {name} whose model predicts {predicts!r}: expected noise (epsilon), "
+        "v_prediction or a flow, of which it is known how guidance changes with the noise. Give "
+        "after_gate='positive' with cache_weight=1.0, or another scheduler."
+    )
+
+
+def _by_position(scheduler: Any, levels: list[float]) -> Level:
+    """By the scheduler's own count of steps, a plain int that is None before its first one."""
+
+    def level(timestep: Any) -> float:
+        index = scheduler.step_index
+        return levels[(getattr(scheduler, "begin_index", None) or 0) if index is None else index]
+
+    return level
+
+
+def _by_timestep(levels: torch.Tensor) -> Level:
+    """By the denoiser's timestep, looked up where that is, so that nothing waits for the device."""
+    on_device = functools.cache(levels.to)
+
+    def level(timestep: Any) -> torch.Tensor:
+        timestep = torch.as_tensor(timestep)
+        return on_device(timestep.device)[timestep.reshape(-1)[0].long()]
+
+    return level
