@@ -155,6 +155,7 @@ class Network:
     first_output: Any = None
     before: dict[int, Any] = field(default_factory=dict)  # the outputs of the last full step, by call
     computed: list[tuple[int, Any]] = field(default_factory=list)  # what counts, after the gate
+    forecast: int = 0  # how many steps were extrapolated
 
     def extrapolated(self, step: int) -> Any:
         """What the last two outputs that count say of a step."""
@@ -257,6 +258,7 @@ def gated(
                     network.computed.append((step, mapped(torch.clone, output)))
                 else:
                     output = network.extrapolated(step)
+                    network.forecast += 1
                 network.first_output = output
             if form in ("batch", "reversed"):
                 if level is None:
@@ -284,13 +286,15 @@ def gated(
         ]
         handles.append(network.module.register_forward_hook(answer))
     handles += [
-        handle for each in companions or () for handle in _companion_hooks(each, position, gate, companions_form)
+        handle
+        for each in companions or ()
+        for handle in _companion_hooks(each, position, gate, companions_form, weight)
     ]
     with hooked(*handles):
         return generate()
 
 
-def _companion_hooks(network: Network, position: dict[str, int], gate: int, form: str) -> list[Any]:
+def _companion_hooks(network: Network, position: dict[str, int], gate: int, form: str, weight: float) -> list[Any]:
     """Hooks that replace what the sites give from the gate on, or from the step after the first one that comes later.
 
     Args:
@@ -298,6 +302,7 @@ def _companion_hooks(network: Network, position: dict[str, int], gate: int, form
         position: how often the denoiser was called before.
         gate: the first gated step.
         form: "batch" or "none".
+        weight: of the conditional branch.
     """
     kept_at: dict[str, int] = {}
 
@@ -312,8 +317,7 @@ def _companion_hooks(network: Network, position: dict[str, int], gate: int, form
             kept = network.kept[name, 0]
             if form == "none":
                 return kept
-            first, second = kept.chunk(2)
-            return torch.cat([(first + second) / 2] * 2)
+            return torch.cat([blended(*kept.chunk(2), weight)] * 2)
 
         return hook
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +13,7 @@ import tgate_fx
 from tests import oracle, tiny, zoo
 from tests.conftest import CountingBackend
 from tests.test_compile import relative_error
-from tests.test_families import ENTRIES, companions_of, denoisers_of, parameters
+from tests.test_families import ENTRIES, companions_of, denoisers_of, outputs_of
 from tests.test_refusals import says
 from tests.zoo import controlnet, wan
 from tgate_fx.forecast import Forecast
@@ -181,6 +180,78 @@ def test_no_rule_takes_a_graph(regional: bool, backend: CountingBackend) -> None
     assert tgate_fx.report(pipe).recompiles == 0
 
 
+def dropped(pipe: Any, window: tuple[int, int], run: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """Generate with the conditional half of the output in place of both, outside of these steps."""
+    steps: list[int] = []
+
+    def answer(module: Any, args: Any, output: Any) -> Any:
+        steps.append(len(steps))
+        if window[0] <= steps[-1] < window[1]:
+            return output
+        return oracle.mapped(lambda tensor: torch.cat([tensor.chunk(2)[1]] * 2), output)
+
+    with oracle.hooked(pipe.unet.register_forward_hook(answer)):
+        return run()
+
+
+@pytest.mark.parametrize("window", [(0, 3), (2, 6), (1, 20)])
+@pytest.mark.parametrize("prompts", [1, 2])
+def test_guidance_at_some_steps(window: tuple[int, int], prompts: int) -> None:
+    pipe = tiny.sd()
+    inputs = tiny.inputs("sd", prompts)
+    plain = generate(pipe, **inputs)
+    expected = dropped(pipe, window, lambda: generate(pipe, **inputs))
+    tgate_fx.gate(pipe, None, guidance=window)
+    assert relative_error(generate(pipe, **inputs), expected) < 1e-5
+    assert relative_error(plain, expected) > 1e-3
+    rows = [step.batch for step in tgate_fx.report(pipe).steps]
+    assert rows == [prompts * (2 if window[0] <= index < window[1] else 1) for index in range(STEPS)]
+    alone = {**inputs, "guidance_scale": 1.0}
+    assert torch.equal(generate(pipe, **alone), generate(pipe, **alone, guidance=None))
+
+
+def test_the_window_ends_before_the_gate() -> None:
+    """What is cached is then the conditional branch's alone, whatever the weight."""
+    pipe = tiny.sd()
+    unguided = generate(tgate_fx.gate(pipe, GATE, guidance=(0, GATE - 1)))
+    assert [step.phase for step in tgate_fx.report(pipe).steps[:4]] == [
+        "pre-gate",
+        "pre-gate",
+        "pre-gate, unguided",
+        "post-gate",
+    ]
+    tgate_fx.restore(pipe)
+    expected = dropped(pipe, (0, GATE - 1), lambda: by_hooks(pipe, weight=1.0))
+    assert relative_error(unguided, expected) < 1e-5
+
+
+def test_a_window_in_separate_calls() -> None:
+    entry = next(entry for entry in wan.ENTRIES if entry.pipeline == "WanPipeline")
+    pipe = entry.make()
+    seen: list[Any] = []
+
+    def answer(module: Any, args: Any, output: Any) -> Any:
+        seen.append(output)
+        step, call = divmod(len(seen) - 1, 2)
+        return seen[-2] if call and step >= 2 else output
+
+    with oracle.hooked(pipe.transformer.register_forward_hook(answer)):
+        expected = entry.run(pipe)
+    tgate_fx.gate(pipe, None, guidance=(0, 2))
+    assert relative_error(entry.run(pipe), expected) < 1e-6
+    assert [step.calls for step in tgate_fx.report(pipe).steps] == [2, 2, 1, 1]
+
+
+def test_a_window_takes_one_graph_more(backend: CountingBackend) -> None:
+    pipe = tgate_fx.compile(tiny.make("sd-small"), GATE + 2, guidance=(0, GATE), backend=backend)
+    eager = tgate_fx.gate(tiny.make("sd-small"), GATE + 2, guidance=(0, GATE))
+    tgate_fx.warmup(pipe, height=16, width=16)
+    assert len(backend.graphs) == 3
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for steps in (7, 9):
+            assert relative_error(*[generate(each, num_inference_steps=steps) for each in (pipe, eager)]) < 1e-5
+
+
 def test_companions_rest_while_steps_are_forecast() -> None:
     pipe = controlnet.with_controlnet("StableDiffusionControlNetPipeline")
     tgate_fx.gate(pipe, 2, after_gate="positive", forecast=3)
@@ -202,6 +273,10 @@ def test_companions_rest_while_steps_are_forecast() -> None:
         ({"forecast": 0}, says("forecast=0", "expected an int ≥ 1")),
         ({"forecast": 2, "fi_interval": 2}, says("forecast=2", "fi_interval=2", "Leave one out")),
         ({"forecast": 2, "after_gate": "both"}, says("forecast=2", "after_gate='both'", "Leave one out")),
+        ({"guidance": (3, 3)}, says("guidance=(3, 3)", "expected (start, stop)")),
+        ({"guidance": 5}, says("guidance=5", "expected (start, stop)")),
+        ({"guidance": (0, 5), "sp_interval": 2}, says("guidance=(0, 5)", "sp_interval=2", "Leave one out")),
+        ({"guidance": (0, 5), "after_gate": "both"}, says("guidance=(0, 5)", "after_gate='both'", "Leave one out")),
     ],
 )
 @pytest.mark.parametrize("per_call", [False, True])
@@ -238,29 +313,36 @@ def test_a_number_of_steps_that_is_not_known() -> None:
         schedule.resolve(None)
 
 
+# Three chunks are kept whole; and this one has fewer frames from its second step on, which must not be gated yet.
+ONE_BRANCH = [each for each in ENTRIES if each.form != "whole" and "before the gate" not in each.pipeline]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("entry", parameters([entry for entry in ENTRIES if entry.form != "whole"], ()))
+@pytest.mark.parametrize("entry", ONE_BRANCH, ids=lambda each: each.pipeline)
 def test_every_family(entry: zoo.Entry) -> None:
-    """A weight of its own and a forecast: all at once, against the same hooks."""
+    """A weight of its own and steps that are forecast, against the same hooks."""
     pipe = entry.make()
     denoisers = denoisers_of(pipe, entry)
     calls = 2 if entry.form == "calls" else 1
     sites = [oracle.find_sites(each, lambda: entry.run(pipe), entry.latents, entry.text) for each in denoisers]
     networks = [oracle.Network(*pair) for pair in zip(denoisers, sites, strict=True)]
-    rule = {"weight": 0.8, "forecast": 2 if entry.loop is None else 1}
-    companions = companions_of(pipe, entry)
+    steps = len(outputs_of(pipe, entry)[1]) // calls
+    forecast = 2 if entry.loop is None else 1
     expected = oracle.gated(
-        networks, lambda: entry.run(pipe), 1, entry.form, calls, loop=entry.loop, steps=zoo.STEPS,
-        companions=companions, companions_form=entry.companions_form, **rule,
-    )  # fmt: skip
-    tgate_fx.gate(
-        pipe,
-        gate_step=1,
-        after_gate=entry.after_gate,
-        cache_weight=rule["weight"],
-        forecast=rule["forecast"],
-        **entry.settings,
+        networks,
+        lambda: entry.run(pipe),
+        1,
+        entry.form,
+        calls,
+        loop=entry.loop,
+        companions=companions_of(pipe, entry),
+        companions_form=entry.companions_form,
+        weight=0.8,
+        forecast=forecast,
+        steps=steps,
     )
+    rule = {"after_gate": entry.after_gate, "cache_weight": 0.8, "forecast": forecast}
+    tgate_fx.gate(pipe, gate_step=1, **rule, **entry.settings)
     assert relative_error(entry.run(pipe), expected) < 1e-5
     phases = [step.phase for step in tgate_fx.report(pipe).steps]
-    assert operator.countOf(phases, "forecast") == (0 if entry.loop else 1)
+    assert phases.count("forecast") == sum(network.forecast for network in networks)

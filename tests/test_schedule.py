@@ -183,7 +183,7 @@ def test_invalid_after_gate(value: Any) -> None:
 @pytest.mark.parametrize("settings", [{}, {"sp_interval": 2, "warm_up": 1}, {"fi_interval": 3}, {"deep_interval": 2}])
 def test_off_captures_what_the_others_reuse_and_keeps_nothing(settings: dict[str, Any]) -> None:
     schedule = Schedule(0.5, **settings, off=True).resolve(None)
-    assert not schedule.caches
+    assert not schedule.acts
     expected = Schedule(3, **settings).at(0).roles  # the step that captures everything
     for index in range(8):
         step = schedule.at(index)

@@ -25,7 +25,16 @@ from .steps import Steps
 
 _ATTRIBUTE = "_tgate"
 _PLAIN_CLASS = "_tgate_plain_class"
-_FOR_ONE_CALL = ("gate_step", "sp_interval", "fi_interval", "warm_up", "after_gate", "cache_weight", "forecast")
+_FOR_ONE_CALL = (
+    "gate_step",
+    "sp_interval",
+    "fi_interval",
+    "warm_up",
+    "after_gate",
+    "cache_weight",
+    "forecast",
+    "guidance",
+)
 
 
 class _AsGated:
@@ -123,7 +132,7 @@ class Gated:
         control_is_conditional = only_conditional(pipe, bound("guess_mode"))
         if schedule.after_gate == "negative" and (control_is_conditional or bound("gligen_boxes") is not None):
             schedule = dataclasses.replace(schedule, after_gate="positive")  # the other branch has zeros in their place
-        if schedule.caches:
+        if schedule.acts:
             check_settings(pipe, bound)
         steps = Steps(
             pipe,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import statistics
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -13,7 +14,7 @@ from .errors import StateError
 from .gated import Gated
 from .inputs import latents_of, zeros_like
 from .network import Network
-from .report import Rung, StepClock
+from .report import Rung, StepClock, StepReport
 from .roles import Kind, Role, Roles
 from .split import EMPTY_CACHE, Cache
 
@@ -53,6 +54,8 @@ def _rungs(gated: Gated) -> tuple[Rung, ...]:
         for example in run.examples.values()
     }
     for step in steps:
+        if not step.calls:
+            continue
         if step.compiled or (step.network, step.batch // step.calls) not in given:
             what = "a graph was compiled, which its seconds include" if step.compiled else "the batch changed"
             raise StateError(
@@ -64,26 +67,33 @@ def _rungs(gated: Gated) -> tuple[Rung, ...]:
     def seconds(name: str, roles: Roles, rows: int) -> float:
         return _seconds(runs[name].network, roles, given[name, rows], devices[name])
 
+    # A step that was forecast is, on the rungs before that, another like the last one that was computed.
+    computed = [step for step in steps if step.calls]
+    steps = tuple(
+        max((one for one in computed if one.index <= step.index), key=lambda one: one.index) for step in steps
+    )
     by_phase = {(name, each.name): each.roles for name, run in runs.items() for each in run.examples.values()}
-    roles = [by_phase[step.network, step.phase] for step in steps]
     wholes = {name: max((step for step in steps if step.network == name), key=lambda step: step.batch) for name in runs}
 
-    def total(kinds: int, *, sliced: bool = True) -> float:
+    def total(kinds: int, *, sliced: bool = True, like: Sequence[StepReport] = steps) -> float:
         """Return the sum with only so many kinds of site cached; ``sliced`` if guidance is dropped as it was."""
-        like = steps if sliced else [wholes[step.network] for step in steps]
         return sum(
-            step.calls * seconds(step.network, _reusing(each, kinds), step.batch // step.calls)
-            for step, each in zip(like, roles, strict=True)
+            rows.calls
+            * seconds(step.network, _reusing(by_phase[step.network, step.phase], kinds), rows.batch // rows.calls)
+            for step in like
+            for rows in [step if sliced else wholes[step.network]]
         )
 
     rungs = [("ungated, eager", total(0, sliced=False))]
     if any(step.batch < wholes[step.network].batch for step in steps):
         rungs.append(("guidance dropped", total(0)))
     for kind in Kind:
-        if any(each[kind] is Role.REUSE for each in roles):
+        if any(by_phase[step.network, step.phase][kind] is Role.REUSE for step in steps):
             rungs.append((f"{kind.title} cached", total(kind + 1)))
+    if len(computed) < len(steps):
+        rungs.append(("steps forecast", total(len(Kind), like=computed)))
     if gated.networks[0].phases.is_compiled:
-        rungs.append(("compiled", sum(step.seconds for step in steps)))
+        rungs.append(("compiled", sum(step.seconds for step in computed)))
     before = [rungs[0][1], *[seconds for _, seconds in rungs]]
     return tuple(Rung(name, seconds, below / seconds) for (name, seconds), below in zip(rungs, before, strict=False))
 

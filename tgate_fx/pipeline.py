@@ -43,14 +43,15 @@ def gate(
     after_gate: str | None = None,
     cache_weight: float = 0.5,
     forecast: int = 1,
+    guidance: tuple[int, int] | None = None,
     gate_companions: bool = True,
 ) -> Pipeline:
     """Gate a diffusers pipeline, without compiling it.
 
     From ``gate_step`` on, the pipeline's denoiser takes every cross-attention's output from a cache and, under
     classifier-free guidance, computes one branch of the batch only (T-GATE, arXiv:2404.02747). The pipeline is changed
-    in place; its own call stays the way to use it, and takes ``gate_step``, ``sp_interval``, ``fi_interval``,
-    ``warm_up``, ``after_gate``, ``cache_weight`` and ``forecast`` as further keywords, for that call alone.
+    in place; its own call stays the way to use it, and takes all of these arguments but ``deepcache`` and
+    ``gate_companions`` as further keywords, for that call alone.
 
     Args:
         pipe: a diffusers pipeline with a UNet or a diffusion transformer that has cross-attention.
@@ -77,6 +78,9 @@ def gate(
         forecast: from the gate on, the denoiser is computed at every such step, counted from the gate, and at the last
             one; between, its output goes on in a straight line from the last two that were computed. Not together with
             ``fi_interval``, ``deepcache``, ``after_gate="both"`` or a scheduler of order 2.
+        guidance: ``(start, stop)``, the steps with guidance: at the others the conditional branch alone is computed,
+            with live cross-attention before the gate and with ``gate_step=None`` (a guidance interval, Kynkäänniemi et
+            al., arXiv:2404.07724). It takes one graph more. Not together with the intervals or ``deepcache``.
         gate_companions: after the gate, ControlNets too run on the branch that goes on, with their cross-attentions
             cached; False lets them compute the whole batch at every step.
 
@@ -90,7 +94,9 @@ def gate(
     """
     networks = _networks(pipe, deepcache)
     deep_interval = None if deepcache is None else deepcache.interval
-    schedule = Schedule(gate_step, sp_interval, fi_interval, warm_up, deep_interval, after_gate, cache_weight, forecast)
+    schedule = Schedule(
+        gate_step, sp_interval, fi_interval, warm_up, deep_interval, after_gate, cache_weight, forecast, guidance
+    )
     _attach(pipe, schedule, networks, gate_companions, EagerPhases)
     return pipe
 
@@ -107,6 +113,7 @@ def compile(
     after_gate: str | None = None,
     cache_weight: float = 0.5,
     forecast: int = 1,
+    guidance: tuple[int, int] | None = None,
     gate_companions: bool = True,
     backend: str | Callable[..., Any] = "inductor",
     mode: str | None = None,
@@ -123,7 +130,7 @@ def compile(
 
     Args:
         pipe, gate_step, sp_interval, fi_interval, warm_up, deepcache, after_gate, cache_weight, forecast,
-            gate_companions: as for `gate`.
+            guidance, gate_companions: as for `gate`.
         backend, mode, options: handed on to torch.compile. With inductor on a CPU, ``options["freezing"]`` is on unless
             ``mode`` is given or ``options={"freezing": False}``: it packs the weights for this CPU, and is what makes
             inductor faster than eager there. Each phase then keeps its own copy of the weights; weights that change
@@ -148,7 +155,9 @@ def compile(
     settings = CompileSettings(backend, mode, dynamic, options, regional)
     networks = _networks(pipe, deepcache)
     deep_interval = None if deepcache is None else deepcache.interval
-    schedule = Schedule(gate_step, sp_interval, fi_interval, warm_up, deep_interval, after_gate, cache_weight, forecast)
+    schedule = Schedule(
+        gate_step, sp_interval, fi_interval, warm_up, deep_interval, after_gate, cache_weight, forecast, guidance
+    )
     phases = RegionalPhases if regional else WholePhases
     _attach(pipe, schedule, networks, gate_companions, lambda network: phases(network, settings))
     return pipe

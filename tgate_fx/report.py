@@ -18,12 +18,14 @@ class StepReport:
 
     Attributes:
         index: which evaluation of the denoiser this was, from 0.
-        phase: "pre-gate" or "post-gate", and ", self-attention reused" or ", shallow" where more is cached.
-        batch: the rows that the denoiser computed, in all calls of the step.
+        phase: "pre-gate" or "post-gate", and ", self-attention reused" or ", shallow" where more is cached; "forecast"
+            where the denoiser did not run.
+        batch: the rows that the denoiser computed, in all calls of the step; 0 if it did not run.
         seconds: how long the denoiser took. On CUDA the time between two events on the stream; elsewhere wall-clock.
         compiled: graphs compiled within this step; its seconds include compiling them.
         network: the pipeline's attribute that has the denoiser.
-        calls: how many calls of the denoiser were computed: two where guidance branches come in separate calls.
+        calls: how many calls of the denoiser were computed: two where guidance branches come in separate calls,
+            none where the output was forecast.
         companion_seconds: how long its companions took, such as ControlNets. Their graphs count as compiled too.
     """
 
@@ -42,7 +44,7 @@ class Rung(NamedTuple):
 
     Attributes:
         name: what came in: "guidance dropped", "cross-attention cached", "self-attention cached", "deep branch cached",
-            "compiled"; "ungated, eager" for the first.
+            "steps forecast", "compiled"; "ungated, eager" for the first.
         seconds: what the denoiser takes for all steps with this and what came in before it.
         speedup: how many times as fast that is as the rung before; 1 for the first.
     """
@@ -158,7 +160,7 @@ class StepClock:
                 seconds=sum(row.seconds() for row in group),
                 compiled=sum(row.compiled for row in group) + sum(row.compiled for row in beside[group[0].step]),
                 network=group[0].network,
-                calls=len(group),
+                calls=sum(row.rows > 0 for row in group),
                 companion_seconds=sum(row.seconds() for row in beside[group[0].step]),
             )
             for group in calls

@@ -15,7 +15,7 @@ from .held_difference import HeldDifference
 from .inputs import latents_of
 from .network import Network
 from .phases import Example, Phases, example
-from .roles import Kind, Role, Roles
+from .roles import Kind, Role
 from .schedule import Schedule, Step
 from .split import Cache
 from .steps import Steps
@@ -53,7 +53,7 @@ class Run:
         steps: of the generation.
         loop: which of the pipeline's loops it is in; 0 before its first call.
         schedule: which phase each step is in, from the network's first call on.
-        examples: for each phase what it was given first, for `tgate_fx.graphs`.
+        examples: for each phase, by its name, what it was given first, for `tgate_fx.graphs`.
         device: where the network ran; None before its first call.
         branch_sliced: whether the call that ran last saw one guidance branch only.
     """
@@ -69,7 +69,7 @@ class Run:
         self.loop = 0
         self._answers: tuple[Any, ...] = ()
         self.schedule = self.own_schedule(steps.schedule)
-        self.examples: dict[Roles, Example] = {}
+        self.examples: dict[str, Example] = {}
         self._forecast = Forecast()
         self._held: HeldDifference | None = None
         self._first_output: Any = None  # of the last full step
@@ -87,15 +87,15 @@ class Run:
             self.begin_step(inputs.get("timestep"))
         if self.loop != self.steps.loop:
             self._begin(latents)
-        if call >= self._guidance.calls and self.schedule.caches:
+        if call >= self._guidance.calls and self.schedule.acts:
             self.steps.refuse_call()
         index = self.steps.index
         step = self.schedule.at(index)
-        if guided and self.steps.will_gate:
+        if guided and self.steps.will_cut:
             self._verify(index, call, inputs, latents)
             if not step.gated:
                 self._check_rows(latents.shape[0])
-        one_branch = step.gated and self.schedule.one_branch
+        one_branch = self._has_one_branch(step)
         if one_branch and call:
             return self._answers[-1]
         difference = self._held.at(inputs.get("timestep")) if self._held and one_branch and guided else None
@@ -118,7 +118,7 @@ class Run:
         """Run the phase of a step on the rows that it has; return its output, and how many these are."""
         latents = latents_of(inputs)[1]
         rows = latents.shape[0]
-        one_branch = step.gated and self.schedule.one_branch
+        one_branch = self._has_one_branch(step)
         sliced = one_branch and guided
         if sliced:
             inputs = self._guidance.one_branch(inputs, rows)
@@ -128,8 +128,8 @@ class Run:
             self._slot = _OWN
         slot = self._slot if one_branch else min(call, _OWN)
         cache = self._cache_for(step, slot, (rows, *latents.shape[1:]))
-        if step.roles not in self.examples:
-            self.examples[step.roles] = example(step, cache, inputs)
+        if step.phase not in self.examples:
+            self.examples[step.phase] = example(step, cache, inputs)
         output, captured = self.phases(step, cache, inputs)
         if any(step.keep):
             self._keep(step, slot, captured, latents, guided, sliced)
@@ -138,6 +138,10 @@ class Run:
             if self._guidance.has_other_branch(guided):
                 self._held.capture(self._guidance.difference(output, self._first_output), inputs.get("timestep"))
         return output, rows
+
+    def _has_one_branch(self, step: Step) -> bool:
+        """Return whether a step has one guidance branch only."""
+        return (step.gated and self.schedule.one_branch) or not step.guided
 
     def forecast_at(self, index: int) -> Any:
         """Return the output of a step at which the denoiser does not run."""
@@ -218,7 +222,7 @@ class Run:
         shape = latents.shape[1:]
         # The next step is the first gated one, and both branches were still computed.
         last = self.schedule.one_branch and step.keep[Kind.CROSS_ATTENTION]
-        merges = last and self._guidance.has_other_branch(guided)
+        merges = last and not sliced and self._guidance.has_other_branch(guided)
         rows = latents.shape[0]
         if merges or sliced:
             rows = self._guidance.rows_kept(rows)

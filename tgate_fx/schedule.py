@@ -27,6 +27,7 @@ class Step(NamedTuple):
         keep: for each kind of site, whether what it captures is kept for later steps.
         gated: whether it is after the gate.
         computed: whether the denoiser runs at all: at the other steps its output is forecast.
+        guided: whether the schedule leaves guidance as it is; else the conditional branch alone is computed.
     """
 
     phase: str
@@ -34,6 +35,7 @@ class Step(NamedTuple):
     keep: tuple[bool, bool, bool]
     gated: bool
     computed: bool = True
+    guided: bool = True
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class Schedule:
             "positive", with the difference of the branches held; None for what `settled` says.
         cache_weight: of the conditional branch, in what is cached of both; the unconditional one has the rest.
         forecast: from the gate on the denoiser is computed at every such step, and at the last one.
+        guidance: the steps with guidance, from the first to before the second; at the others the conditional branch
+            alone is computed. None for all.
         last: index of the last step, of a resolved schedule; None if it is not known.
         off: nothing is taken from a cache; every step is the one that captures all that the others would reuse, so
             that no graph is compiled for it alone.
@@ -65,6 +69,7 @@ class Schedule:
     after_gate: str | None = None
     cache_weight: float = 0.5
     forecast: int = 1
+    guidance: tuple[int, int] | None = None
     last: int | None = None
     off: bool = False
 
@@ -80,6 +85,9 @@ class Schedule:
             )
         if self.forecast > 1:
             self._check_forecast()
+        if self.guidance is not None:
+            object.__setattr__(self, "guidance", _checked_window(self.guidance))
+            self._check_guidance()
         if self.deep_interval is not None and self.caches_self_attention:
             raise ArgumentError(
                 f"deepcache was given with sp_interval={self.sp_interval} and fi_interval={self.fi_interval}: expected "
@@ -99,16 +107,29 @@ class Schedule:
                     "forecast capture nothing, and guidance would multiply a forecast's error. Leave one out."
                 )
 
+    def _check_guidance(self) -> None:
+        clashes = {
+            f"sp_interval={self.sp_interval} and fi_interval={self.fi_interval}": self.caches_self_attention,
+            "deepcache": self.deep_interval is not None,
+            f"after_gate={self.after_gate!r}": self.after_gate not in (None, "positive"),
+        }
+        for given, clash in clashes.items():
+            if clash:
+                raise ArgumentError(
+                    f"guidance={self.guidance} was given with {given}: expected one or the other, since where guidance "
+                    "ends the conditional branch goes on, and nothing is cached for it alone. Leave one out."
+                )
+
     @property
     def caches_self_attention(self) -> bool:
         """Whether there is a step that takes self-attention from the cache."""
         return self.sp_interval > 1 or self.fi_interval > 1
 
     @property
-    def caches(self) -> bool:
-        """Whether anything is taken from a cache at any step."""
+    def acts(self) -> bool:
+        """Whether anything is taken from a cache or left out at any step."""
         caches = self.gate_step is not None or self.caches_self_attention or self.deep_interval is not None
-        return caches and not self.off
+        return (caches or self.guidance is not None) and not self.off
 
     @property
     def cached_kinds(self) -> tuple[Kind, ...]:
@@ -131,7 +152,8 @@ class Schedule:
         """Return the schedule with a branch that goes on: by itself the family's, or the only one that is cached."""
         if self.after_gate is not None:
             return self
-        return replace(self, after_gate="positive" if self.cache_weight == 1 else family)
+        conditional = self.cache_weight == 1 or self.guidance is not None
+        return replace(self, after_gate="positive" if conditional else family)
 
     def resolve(self, steps: int | None) -> Schedule:
         """Return the schedule with the gate as a step index, for a generation of ``steps`` steps (None if unknown).
@@ -184,9 +206,13 @@ def _step(schedule: Schedule, index: int) -> Step:
     if roles.deep_branch is Role.REUSE:
         phase += ", shallow"
     computed = not gated or (index - int(schedule.gate_step or 0)) % schedule.forecast == 0 or index == schedule.last
+    start, stop = schedule.guidance or (0, math.inf)
+    guided = schedule.off or start <= index < stop
     if not computed:
         phase = "forecast"
-    return Step(phase, roles, (keep[0], keep[1], keep[2]), gated, computed)
+    elif not (guided or gated):
+        phase += ", unguided"
+    return Step(phase, roles, (keep[0], keep[1], keep[2]), gated, computed, guided)
 
 
 def _is_gated(schedule: Schedule, index: int) -> bool:
@@ -246,3 +272,14 @@ def _checked_weight(value: object) -> float:
             "unconditional branch is cached) to 1 (the conditional one), 0.5 for the mean of both."
         )
     return weight
+
+
+def _checked_window(value: object) -> tuple[int, int]:
+    if isinstance(value, (tuple, list)) and len(value) == 2:
+        start, stop = map(as_int, value)
+        if start is not None and stop is not None and 0 <= start < stop:
+            return start, stop
+    raise ArgumentError(
+        f"guidance={value!r} is no span of steps: expected (start, stop), two ints with 0 ≤ start < stop: the first "
+        "step with guidance, and the first one without it again; or None for guidance at every step."
+    )

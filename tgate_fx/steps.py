@@ -73,6 +73,11 @@ class Steps:
         return getattr(self._pipe, "scheduler", None)
 
     @property
+    def will_cut(self) -> bool:
+        """Whether a guidance branch is left out at some step, as far as is known."""
+        return self.will_gate or (self.schedule.guidance is not None and not self.schedule.off)
+
+    @property
     def will_gate(self) -> bool:
         """Whether there is a gated step, as far as the number of steps is known."""
         gate = self.schedule.gate_step
@@ -95,7 +100,7 @@ class Steps:
         elif self._expected is not None and self.begun - self._loop_from >= self._expected:
             if _latest(timestep) == _latest(self._first_timestep):
                 self._begin_loop(timestep)
-            elif self.schedule.caches:
+            elif self.schedule.acts:
                 raise UnsupportedError(
                     f"{type(self._pipe).__name__} began step {self.begun - self._loop_from} of a loop of "
                     f"{self._expected}: expected as many steps as it said, each at a timestep of its own, or a new "

@@ -15,7 +15,6 @@ from .errors import ArgumentError, StateError, checked_count
 from .gated import Gated
 from .pipeline import report
 from .report import Report
-from .roles import Roles
 from .schedule import Schedule
 
 _TRIES = 4
@@ -133,12 +132,12 @@ def _prompts(pipe: Any, gated: Gated, batch_size: int | None, inputs: dict[str, 
     return {} if given or "prompt" not in gated.parameters else {"prompt": [""] * (batch_size or 1)}
 
 
-def _shortest(schedule: Schedule) -> tuple[set[Roles], int, int | None]:
+def _shortest(schedule: Schedule) -> tuple[set[str], int, int | None]:
     """Return all phases of a schedule, the fewest steps, and the gate among them, with which they all run."""
     period = max(schedule.sp_interval, schedule.fi_interval, schedule.deep_interval or 1) + schedule.warm_up + 1
     share = isinstance(schedule.gate_step, float)  # of a number of steps that is not known yet
     own = replace(schedule, gate_step=2 * period) if share else schedule
-    most = int(own.gate_step or 0) + 2 * period
+    most = max(int(own.gate_step or 0), *(own.guidance or (0,))) + 2 * period
     wanted = _phases(own, most)
     return next(
         (wanted, steps, gate)
@@ -148,8 +147,8 @@ def _shortest(schedule: Schedule) -> tuple[set[Roles], int, int | None]:
     )
 
 
-def _phases(schedule: Schedule, steps: int) -> set[Roles]:
-    return {schedule.at(index).roles for index in range(steps)}
+def _phases(schedule: Schedule, steps: int) -> set[str]:
+    return {step.phase for step in map(schedule.at, range(steps)) if step.computed}
 
 
 @contextmanager
