@@ -2,6 +2,7 @@
 
 from .artifact.load import load
 from .artifact.save import save
+from .auto_gate import AutoGate
 from .deepcache import DeepCache
 from .errors import ArgumentError, CompileError, StateError, TGateError, UnsupportedError
 from .hand_written import generation
@@ -25,6 +26,7 @@ __version__ = "0.1.0.dev0"
 
 __all__ = [
     "ArgumentError",
+    "AutoGate",
     "CompileError",
     "DeepCache",
     "PhaseGraph",

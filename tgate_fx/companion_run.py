@@ -35,6 +35,9 @@ class CompanionRun(Run):
         own = {"sp_interval": 1, "fi_interval": 1, "warm_up": 0, "deep_interval": None}
         return dataclasses.replace(schedule, after_gate=schedule.branch, **own)
 
+    def compare(self, conditional: Any, unconditional: Any) -> None:
+        """Do nothing: the gate opens by what the denoiser predicts."""
+
     def forecast_at(self, index: int) -> Any:
         """Return what it gave last: nobody reads that at a step at which the denoiser does not run."""
         return self._forecast.last
@@ -42,9 +45,11 @@ class CompanionRun(Run):
     def begin_step(self, timestep: Any) -> None:
         """Begin the step that the denoiser will run next."""
         self.steps.announce(timestep)
+        if self.loop == self.steps.loop and self._follows is not self.steps.schedule:
+            self._follow()
         gate, index = self.schedule.gate_step, self.steps.index
-        if self.loop == self.steps.loop and self._last is not None and gate is not None:
-            captured_at = int(gate) - 1
+        if self.loop == self.steps.loop and self._last is not None and isinstance(gate, int):
+            captured_at = gate - 1
             if self._last < captured_at < index:
                 self.schedule = self.schedule.begun_at(index)
 

@@ -186,8 +186,8 @@ class GuidanceForm(abc.ABC):
         """Return what the conditional branch captured, of such a call and the first one; ask before they are merged."""
 
     @abc.abstractmethod
-    def difference(self, output: Any, first: Any) -> Any:
-        """Return the conditional branch's output less the other's, after such a call.
+    def pair(self, output: Any, first: Any) -> tuple[Any, Any]:
+        """Return the conditional branch's output and the other's, after such a call.
 
         Args:
             output: of this call.

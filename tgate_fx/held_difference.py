@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .errors import UnsupportedError
-from .inputs import map_tensors
+from .inputs import map_both, map_tensors
 
 # What a difference of predictions is multiplied by for one of noises, at the step that the denoiser is called for.
 Level = Callable[[Any], "float | torch.Tensor"]
@@ -40,9 +40,9 @@ class HeldDifference:
         self._difference: Any = None
         self._captured_at: float | torch.Tensor = 1.0
 
-    def capture(self, difference: Any, timestep: Any) -> None:
-        """Hold the difference of the step with this timestep."""
-        self._difference = difference
+    def capture(self, conditional: Any, unconditional: Any, timestep: Any) -> None:
+        """Hold the difference of both branches' outputs at the step with this timestep."""
+        self._difference = map_both(torch.sub, conditional, unconditional)
         self._captured_at = self._level(timestep)
 
     def at(self, timestep: Any) -> Any:

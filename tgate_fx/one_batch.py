@@ -59,14 +59,12 @@ class OneBatch(GuidanceForm):
         """Return the conditional half of each."""
         return [self._branches(tensor)[1] for tensor in captured]
 
-    def difference(self, output: Any, first: Any) -> Any:
-        """Return the difference of both halves."""
-
-        def of_halves(tensor: torch.Tensor) -> torch.Tensor:
-            unconditional, conditional = self._branches(tensor)
-            return conditional - unconditional
-
-        return map_tensors(of_halves, output)
+    def pair(self, output: Any, first: Any) -> tuple[Any, Any]:
+        """Return both halves."""
+        conditional, unconditional = (
+            map_tensors(lambda tensor, half=half: self._branches(tensor)[half], output) for half in (1, 0)
+        )
+        return conditional, unconditional
 
     def give_back(self, output: Any, difference: Any) -> tuple[Any, ...]:
         """Return the output once for each branch, as one batch."""

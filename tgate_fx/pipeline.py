@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from .auto_gate import AutoGate
 from .companions import companions_of
 from .compiled.regional import RegionalPhases
 from .compiled.settings import CompileSettings
@@ -34,7 +35,7 @@ Pipeline = TypeVar("Pipeline")
 @refuse_unknown
 def gate(
     pipe: Pipeline,
-    gate_step: int | float | None = 10,
+    gate_step: int | float | str | AutoGate | None = 10,
     *,
     sp_interval: int = 1,
     fi_interval: int = 1,
@@ -58,6 +59,7 @@ def gate(
         gate_step: index of the first gated step, ≥ 1, counted in evaluations of the denoiser from 0 (schedulers of
             order 2, such as Heun, evaluate it twice a step; PNDM once more than it has steps). A float in (0, 1) is
             that share of the evaluations, rounded, at least 1. None, or as many as there are evaluations: never gated.
+            "auto" or an `AutoGate`: once both guidance branches predict nearly the same.
         sp_interval, fi_interval, warm_up: TGATE-V2's cache of self-attention, as in upstream `tgate`. Before the gate
             self-attention is computed at the steps up to ``warm_up``, at every multiple of ``sp_interval``, and at the
             last step; from the gate on at every multiple of ``fi_interval``. At the steps between, its cached output
@@ -104,7 +106,7 @@ def gate(
 @refuse_unknown
 def compile(
     pipe: Pipeline,
-    gate_step: int | float | None = 10,
+    gate_step: int | float | str | AutoGate | None = 10,
     *,
     sp_interval: int = 1,
     fi_interval: int = 1,
@@ -212,6 +214,7 @@ def report(pipe: Any, *, ladder: bool = False) -> Report:
         compiler=gated.networks[0].phases.describe(),
         cache_bytes=sum(each.cache.nbytes for each in gated.all),
         ladder=measure_ladder(gated) if ladder else (),
+        similarity=gated.steps.similarity if gated.steps is not None else None,
     )
 
 

@@ -67,6 +67,7 @@ class Report:
         compiler: how the phases run: "eager", or the torch.compile settings in force.
         cache_bytes: the size of all static caches of this pipeline.
         ladder: where the speed-up comes from, if that was asked for.
+        similarity: of the guidance branches, at the step that opened the gate; None where it opened by number.
     """
 
     steps: tuple[StepReport, ...] = ()
@@ -77,10 +78,12 @@ class Report:
     compiler: str = "eager"
     cache_bytes: int = 0
     ladder: tuple[Rung, ...] = ()
+    similarity: float | None = None
 
     def __str__(self) -> str:
+        opened = "" if self.similarity is None else f", opened by branches that were alike to {self.similarity:.4f}"
         lines = [
-            f"gate at step {self.gate}" if self.gate is not None else "not gated",
+            f"gate at step {self.gate}{opened}" if self.gate is not None else "not gated",
             f"{self.sites} site{'' if self.sites == 1 else 's'}, {self.cache_bytes / 2**20:.2f} MiB cached, "
             f"{self.compiler}, "
             f"{self.compiled_graphs} graphs compiled, {self.recompiles} recompiles in this generation",

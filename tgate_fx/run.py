@@ -68,6 +68,8 @@ class Run:
         self._guidance = family.guidance(self.network.module, family.rows, own.branch, own.cache_weight)
         self.loop = 0
         self._answers: tuple[Any, ...] = ()
+        self._follows = steps.schedule
+        self._begun_at = 0
         self.schedule = self.own_schedule(steps.schedule)
         self.examples: dict[str, Example] = {}
         self._forecast = Forecast()
@@ -87,6 +89,8 @@ class Run:
             self.begin_step(inputs.get("timestep"))
         if self.loop != self.steps.loop:
             self._begin(latents)
+        elif self._follows is not self.steps.schedule:
+            self._follow()
         if call >= self._guidance.calls and self.schedule.acts:
             self.steps.refuse_call()
         index = self.steps.index
@@ -133,11 +137,26 @@ class Run:
         output, captured = self.phases(step, cache, inputs)
         if any(step.keep):
             self._keep(step, slot, captured, latents, guided, sliced)
-        if self._held and guided and step.keep[Kind.CROSS_ATTENTION]:
-            self._first_output = output if call == 0 else self._first_output
-            if self._guidance.has_other_branch(guided):
-                self._held.capture(self._guidance.difference(output, self._first_output), inputs.get("timestep"))
+        if guided and not sliced:
+            self._compare(step, call, output, inputs.get("timestep"))
         return output, rows
+
+    def _compare(self, step: Step, call: int, output: Any, timestep: Any) -> None:
+        """Note how the branches differ at a full step, where a later one depends on it."""
+        holds = self._held is not None and step.keep[Kind.CROSS_ATTENTION]
+        if not holds and self.steps.watch is None:
+            return
+        self._first_output = output if call == 0 else self._first_output
+        if self._guidance.has_other_branch(True):
+            conditional, unconditional = self._guidance.pair(output, self._first_output)
+            if self._held is not None and holds:
+                self._held.capture(conditional, unconditional, timestep)
+            self.compare(conditional, unconditional)
+
+    def compare(self, conditional: Any, unconditional: Any) -> None:
+        """Let the gate see how much alike the branches' outputs are, if it opens by that."""
+        if self.steps.watch is not None:
+            self.steps.watch.note(self.steps.index, conditional, unconditional)
 
     def _has_one_branch(self, step: Step) -> bool:
         """Return whether a step has one guidance branch only."""
@@ -175,7 +194,10 @@ class Run:
         """Begin a loop with the network's first call: if that comes after the gate, its gate is the step after it."""
         self.device = latents.device
         self.loop = self.steps.loop
-        self.schedule = self.own_schedule(self.steps.schedule).begun_at(self.steps.index)
+        self._begun_at = self.steps.index
+        self._follow()
+        if self.steps.watch is not None and not self.guided:
+            self.steps.watch.check_can_open()
         # By the slot, which is the call of its step that captured it, and the kind of site.
         self._cached: list[list[Sequence[torch.Tensor]]] = [[()] * len(Kind) for _ in _SLOTS]
         self._cached_for: list[list[tuple[int, ...]]] = [[()] * len(Kind) for _ in _SLOTS]  # the shape of the latents
@@ -185,6 +207,11 @@ class Run:
         self._forecast = Forecast()
         guides_on = self.schedule.after_gate == "guided" and self.steps.will_gate
         self._held = HeldDifference(self.steps.scheduler) if guides_on else None
+
+    def _follow(self) -> None:
+        """Take over the generation's schedule, whose gate may have opened."""
+        self._follows = self.steps.schedule
+        self.schedule = self.own_schedule(self._follows).begun_at(self._begun_at)
 
     def _verify(self, index: int, call: int, inputs: Mapping[str, Any], latents: torch.Tensor) -> None:
         """See at the first guided step that the branches arrive as is assumed, and at the next one that all did."""

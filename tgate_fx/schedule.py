@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from .auto_gate import AutoGate
 from .errors import ArgumentError, as_int, checked_count
 from .roles import Kind, Role, Roles
 
@@ -43,7 +44,8 @@ class Schedule:
     """Step index → what the step does. `replace` it to override a field, `resolve` it for one generation.
 
     Attributes:
-        gate_step: the first gated step: an int ≥ 1, a float in (0, 1) for that share of the steps, or None for never.
+        gate_step: the first gated step: an int ≥ 1, a float in (0, 1) for that share of the steps, None for never, or
+            an `AutoGate` until it opens; "auto" is one.
         sp_interval: before the gate, self-attention is computed at `warm_up` and later at every multiple of this, and
             its cached output used at the steps between.
         fi_interval: from the gate on, self-attention is computed at every multiple of this.
@@ -61,7 +63,7 @@ class Schedule:
             that no graph is compiled for it alone.
     """
 
-    gate_step: int | float | None
+    gate_step: int | float | str | AutoGate | None
     sp_interval: int = 1
     fi_interval: int = 1
     warm_up: int = 0
@@ -83,6 +85,8 @@ class Schedule:
                 f"after_gate={self.after_gate!r} is not one of {', '.join(map(repr, AFTER_GATE))}: expected which "
                 "guidance branch goes on after the gate."
             )
+        if isinstance(self.gate_step, AutoGate):
+            self._check_auto()
         if self.forecast > 1:
             self._check_forecast()
         if self.guidance is not None:
@@ -105,6 +109,20 @@ class Schedule:
                 raise ArgumentError(
                     f"forecast={self.forecast} was given with {given}: expected one or the other, since steps that are "
                     "forecast capture nothing, and guidance would multiply a forecast's error. Leave one out."
+                )
+
+    def _check_auto(self) -> None:
+        clashes = {
+            f"sp_interval={self.sp_interval} and fi_interval={self.fi_interval}": self.caches_self_attention,
+            "deepcache": self.deep_interval is not None,
+            f"guidance={self.guidance}": self.guidance is not None,
+        }
+        for given, clash in clashes.items():
+            if clash:
+                raise ArgumentError(
+                    f"gate_step={self.gate_step!r} was given with {given}: expected one or the other, since any step "
+                    "may be the last before the gate, for which all is computed. Leave one out, or give gate_step as a "
+                    "number."
                 )
 
     def _check_guidance(self) -> None:
@@ -180,7 +198,7 @@ class Schedule:
         """
         if self.off or index == 0:
             return self
-        gate = None if self.gate_step is None else max(int(self.gate_step), index + 1)
+        gate = max(self.gate_step, index + 1) if isinstance(self.gate_step, (int, float)) else self.gate_step
         return replace(self, gate_step=gate, warm_up=max(self.warm_up, index))
 
     def at(self, index: int) -> Step:
@@ -199,13 +217,16 @@ def _step(schedule: Schedule, index: int) -> Step:
     gated = _is_gated(schedule, index)
     roles, following = _roles(schedule, index), _roles(schedule, index + 1)
     # A captured value is kept if the next step uses it: a value is reused from the very next step or never.
+    auto = schedule.gate_step if isinstance(schedule.gate_step, AutoGate) and not schedule.off else None
     keep = tuple(now is Role.CAPTURE and then is Role.REUSE for now, then in zip(roles, following, strict=True))
+    if auto is not None:  # any step may be the last before the gate
+        keep = (index + 1 >= auto.earliest, False, False)
     phase = "post-gate" if gated else "pre-gate"
     if roles.self_attention is Role.REUSE:
         phase += ", self-attention reused"
     if roles.deep_branch is Role.REUSE:
         phase += ", shallow"
-    computed = not gated or (index - int(schedule.gate_step or 0)) % schedule.forecast == 0 or index == schedule.last
+    computed = not gated or (index - _number(schedule.gate_step)) % schedule.forecast == 0 or index == schedule.last
     start, stop = schedule.guidance or (0, math.inf)
     guided = schedule.off or start <= index < stop
     if not computed:
@@ -216,7 +237,7 @@ def _step(schedule: Schedule, index: int) -> Step:
 
 
 def _is_gated(schedule: Schedule, index: int) -> bool:
-    return not schedule.off and schedule.gate_step is not None and index >= schedule.gate_step
+    return not schedule.off and isinstance(schedule.gate_step, (int, float)) and index >= schedule.gate_step
 
 
 def _roles(schedule: Schedule, index: int) -> Roles:
@@ -236,7 +257,7 @@ def _roles(schedule: Schedule, index: int) -> Roles:
         self_attention = Role.CAPTURE if due else Role.REUSE
     deep_branch = Role.LIVE
     if schedule.deep_interval is not None:
-        start = int(schedule.gate_step) if gated and schedule.gate_step is not None else 0
+        start = _number(schedule.gate_step) if gated else 0
         due = last_before_gate or (index - start) % schedule.deep_interval == 0
         deep_branch = Role.CAPTURE if due else Role.REUSE
     if gated:
@@ -248,16 +269,26 @@ def _roles(schedule: Schedule, index: int) -> Roles:
     return Roles(cross_attention, self_attention, deep_branch)
 
 
-def checked_gate_step(value: object) -> int | float | None:
-    """Return a gate step as an int ≥ 1, a float in (0, 1), or None; raise `ArgumentError` if it is none of these."""
-    if value is None or (isinstance(value, float) and 0.0 < value < 1.0):
+def _number(gate_step: object) -> int:
+    return gate_step if isinstance(gate_step, int) else 0
+
+
+def checked_gate_step(value: object) -> int | float | AutoGate | None:
+    """Return a gate step as an int ≥ 1, a float in (0, 1), None or an `AutoGate`.
+
+    Raises:
+        ArgumentError: it is none of these, nor "auto".
+    """
+    if value == "auto":
+        return AutoGate()
+    if value is None or isinstance(value, AutoGate) or (isinstance(value, float) and 0.0 < value < 1.0):
         return value
     number = as_int(value)
     if number is not None and number >= 1:
         return number
     raise ArgumentError(
         f"gate_step={value!r} ({type(value).__name__}) is not a gate step: expected an int ≥ 1 (the index of the first "
-        "gated step), a float between 0 and 1 (that share of the steps), or None (never gated)."
+        "gated step), a float between 0 and 1 (that share of the steps), None (never gated), or 'auto'."
     )
 
 

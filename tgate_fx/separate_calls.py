@@ -82,9 +82,9 @@ class SeparateCalls(GuidanceForm):
         """Return the first call's."""
         return first
 
-    def difference(self, output: Any, first: Any) -> Any:
-        """Return the difference of both calls."""
-        return map_both(torch.sub, first, output)
+    def pair(self, output: Any, first: Any) -> tuple[Any, Any]:
+        """Return the first call's and this one's."""
+        return first, output
 
     def give_back(self, output: Any, difference: Any) -> tuple[Any, ...]:
         """Return the output for the first call, and for the second one."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from .auto_gate import AutoGate, Watch
 from .errors import UnsupportedError
 from .report import StepClock
 from .schedule import Schedule
@@ -27,6 +29,8 @@ class Steps:
         schedule: the same, with a share of the steps made a step index once their number is known.
         begun: how many steps were begun, in all loops.
         loop: how many denoising loops were begun: each is gated anew.
+        watch: decides when the gate opens, if it does so by itself and has not yet.
+        similarity: of the branches, at the step that opened it.
         clock: what each step was, and how long it took.
         calls_back, only_conditional: see above.
     """
@@ -53,6 +57,8 @@ class Steps:
         self.schedule = schedule
         self.begun = 0
         self.loop = 0
+        self.watch: Watch | None = None
+        self.similarity: float | None = None
         self.clock = StepClock()
         self.calls_back = calls_back
         self.only_conditional = only_conditional
@@ -81,7 +87,9 @@ class Steps:
     def will_gate(self) -> bool:
         """Whether there is a gated step, as far as the number of steps is known."""
         gate = self.schedule.gate_step
-        return gate is not None and not self.schedule.off and (self._expected is None or gate < self._expected)
+        if gate is None or self.schedule.off:
+            return False
+        return isinstance(gate, AutoGate) or self._expected is None or gate < self._expected
 
     def begin(self, timestep: Any) -> None:
         """Begin a step; settle at the first of a loop where the gate is.
@@ -107,6 +115,9 @@ class Steps:
                     "loop, from its first timestep on or after scheduler.set_timesteps. Use it with gate_step=None."
                 )
         self.begun += 1
+        if self.watch is not None and self.watch.opens_at(self.index):
+            self.schedule = replace(self.schedule, gate_step=self.index)
+            self.similarity, self.watch = self.watch.similarity, None
 
     def announce(self, timestep: Any) -> None:
         """Begin a step for a companion, which runs before the denoiser does; that begins the same one."""
@@ -120,6 +131,9 @@ class Steps:
         self._expected = self._count()
         self._loop_from = self.begun
         self.schedule = self._given.resolve(self._expected)
+        gate = self.schedule.gate_step
+        self.watch = Watch(gate) if isinstance(gate, AutoGate) and not self.schedule.off else None
+        self.similarity = None
         self.loop += 1
 
     def _scheduled(self) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from . import private
+from .auto_gate import AutoGate
 from .errors import ArgumentError, StateError, checked_count
 from .gated import Gated
 from .pipeline import report
@@ -135,9 +136,10 @@ def _prompts(pipe: Any, gated: Gated, batch_size: int | None, inputs: dict[str, 
 def _shortest(schedule: Schedule) -> tuple[set[str], int, int | None]:
     """Return all phases of a schedule, the fewest steps, and the gate among them, with which they all run."""
     period = max(schedule.sp_interval, schedule.fi_interval, schedule.deep_interval or 1) + schedule.warm_up + 1
-    share = isinstance(schedule.gate_step, float)  # of a number of steps that is not known yet
+    share = isinstance(schedule.gate_step, (float, AutoGate))  # where it is will be known in a generation only
     own = replace(schedule, gate_step=2 * period) if share else schedule
-    most = max(int(own.gate_step or 0), *(own.guidance or (0,))) + 2 * period
+    gate = own.gate_step if isinstance(own.gate_step, int) else 0
+    most = max(gate, *(own.guidance or (0,))) + 2 * period
     wanted = _phases(own, most)
     return next(
         (wanted, steps, gate)

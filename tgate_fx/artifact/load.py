@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..auto_gate import AutoGate
 from ..companions import companions_of
 from ..deepcache import DeepCache
 from ..errors import StateError, UnsupportedError
@@ -44,7 +45,10 @@ def load(pipe: Pipeline, path: str | Path) -> Pipeline:
     check_not_gated(pipe)
     private.check_torch()
     contents = manifest.read(path)
-    schedule = Schedule(**contents["schedule"])
+    said = contents["schedule"]
+    if isinstance(said["gate_step"], dict):
+        said = {**said, "gate_step": AutoGate(**said["gate_step"])}
+    schedule = Schedule(**said)
     interval = schedule.deep_interval
     deepcache = None if interval is None else DeepCache(interval=interval, branch=contents["deepcache"])
     network = _only_network(pipe, deepcache)
