@@ -18,7 +18,7 @@ ROOT = Path(tgate_fx.__file__).parent
 LAYERS = """
 errors
 private keywords roles rows
-inputs forward_patch deepcache schedule cache guidance
+inputs forward_patch deepcache auto_gate checked schedule cache guidance forecast held_difference
 one_batch separate_calls families
 sites split
 dispatch network
@@ -26,7 +26,8 @@ step_count report steps phases run companions companion_run
 gated
 compiled.cpu compiled.checksum compiled.settings compiled.openvino
 compiled.freed_graphs compiled.frozen_weights compiled.dead_code compiled.onednn compiled.backend
-compiled.guard_policy compiled.untraceable compiled.lora_scales compiled.variant compiled.whole compiled.regional
+compiled.guard_policy compiled.untraceable compiled.lora_scales compiled.image_scales
+compiled.variant compiled.whole compiled.regional
 phase_graph ladder
 pipeline warmup loaders hand_written
 artifact.private artifact.weights_file artifact.fingerprint artifact.manifest artifact.packaged
@@ -43,17 +44,20 @@ __main__
 # Folders that stand apart: no module of one imports from another, but for what is named.
 WINGS = {"compiled": set(), "artifact": {"compiled"}, "macs": set()}
 
-# What subclasses in other modules use of GuidanceForm, ForwardPatch, Part and CompiledPhases, on themselves.
+# What subclasses in other modules use of GuidanceForm, Run, ForwardPatch, Part and CompiledPhases, on themselves.
 INHERITED = frozenset(
     (
         "_rows",
         "_branch",
+        "_weight",
         "_denoiser",
         "_call",
         "_module",
         "_sites",
         "_settings",
-        "_scales",
+        "_follow",
+        "_follows",
+        "_forecast",
         "_variants",
         "_device",
         "_call_variant",

@@ -142,6 +142,7 @@ def test_latents_keep_the_layout_that_a_form_was_compiled_with(backend: Counting
     assert len(backend.graphs) == 2
 
 
+@pytest.mark.slow
 def test_more_shapes_than_the_recompile_limit(backend: CountingBackend) -> None:
     pipe = compiled("pixart-small", backend)
     with torch._dynamo.config.patch(recompile_limit=2):
@@ -194,6 +195,7 @@ def test_dynamic_shapes_of_a_model_that_computes_with_them_are_refused() -> None
     tgate_fx.compile(pipe, dynamic=True, regional=True)
 
 
+@pytest.mark.slow
 def test_pipelines_do_not_share_graphs_or_recompile_limits() -> None:
     with torch._dynamo.config.patch(recompile_limit=2):
         for _ in range(4):
@@ -454,6 +456,7 @@ def test_the_report_says_what_is_in_force() -> None:
     assert tgate_fx.report(pipe).compiler == "torch.compile (inductor, mode=reduce-overhead, dynamic)"
 
 
+@pytest.mark.slow
 def test_mode_and_options_are_handed_to_the_backend() -> None:
     seen: list[dict[str, Any]] = []
 

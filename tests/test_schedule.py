@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from tgate.tgate_utils import tgate_scheduler
 
 import tgate_fx
+from tgate_fx.checked import checked_gate_step
 from tgate_fx.roles import Role
-from tgate_fx.schedule import Schedule, checked_gate_step
+from tgate_fx.schedule import Schedule
 
 ROLE = {Role.LIVE: "L", Role.CAPTURE: "C", Role.REUSE: "R"}
 
@@ -168,9 +169,7 @@ def test_invalid_intervals(name: str, value: Any) -> None:
 
 def test_intervals_and_deepcache_together_are_refused() -> None:
     for intervals in ({"sp_interval": 2}, {"fi_interval": 3}):
-        with pytest.raises(
-            tgate_fx.ArgumentError, match=r"deepcache was given with sp_interval=.*Use one or the other"
-        ):
+        with pytest.raises(tgate_fx.ArgumentError, match=r"deepcache was given with sp_interval=.*Leave one out"):
             Schedule(5, deep_interval=3, **intervals)
 
 

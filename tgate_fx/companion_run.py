@@ -32,8 +32,9 @@ class CompanionRun(Run):
 
     def own_schedule(self, schedule: Schedule) -> Schedule:
         """Return the schedule without what is cached besides cross-attention."""
-        own = {"sp_interval": 1, "fi_interval": 1, "warm_up": 0, "deep_interval": None}
-        return dataclasses.replace(schedule, after_gate=schedule.branch, **own)
+        return dataclasses.replace(
+            schedule, sp_interval=1, fi_interval=1, warm_up=0, deep_interval=None, after_gate=schedule.branch
+        )
 
     def compare(self, conditional: Any, unconditional: Any) -> None:
         """Do nothing: the gate opens by what the denoiser predicts."""

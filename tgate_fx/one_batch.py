@@ -61,10 +61,8 @@ class OneBatch(GuidanceForm):
 
     def pair(self, output: Any, first: Any) -> tuple[Any, Any]:
         """Return both halves."""
-        conditional, unconditional = (
-            map_tensors(lambda tensor, half=half: self._branches(tensor)[half], output) for half in (1, 0)
-        )
-        return conditional, unconditional
+        conditional = map_tensors(lambda tensor: self._branches(tensor)[1], output)
+        return conditional, map_tensors(lambda tensor: self._branches(tensor)[0], output)
 
     def give_back(self, output: Any, difference: Any) -> tuple[Any, ...]:
         """Return the output once for each branch, as one batch."""

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from .auto_gate import AutoGate
-from .errors import ArgumentError, as_int, checked_count
+from .checked import checked_gate_step, checked_weight, checked_window, refuse_together
+from .errors import ArgumentError, checked_count
 from .roles import Kind, Role, Roles
 
 AFTER_GATE = ("negative", "positive", "both", "guided")
@@ -79,64 +80,36 @@ class Schedule:
         object.__setattr__(self, "gate_step", checked_gate_step(self.gate_step))
         for name, least in (("sp_interval", 1), ("fi_interval", 1), ("warm_up", 0), ("forecast", 1)):
             object.__setattr__(self, name, checked_count(name, getattr(self, name), least=least))
-        object.__setattr__(self, "cache_weight", _checked_weight(self.cache_weight))
+        object.__setattr__(self, "cache_weight", checked_weight(self.cache_weight))
         if self.after_gate is not None and self.after_gate not in AFTER_GATE:
             raise ArgumentError(
                 f"after_gate={self.after_gate!r} is not one of {', '.join(map(repr, AFTER_GATE))}: expected which "
                 "guidance branch goes on after the gate."
             )
-        if isinstance(self.gate_step, AutoGate):
-            self._check_auto()
-        if self.forecast > 1:
-            self._check_forecast()
         if self.guidance is not None:
-            object.__setattr__(self, "guidance", _checked_window(self.guidance))
-            self._check_guidance()
-        if self.deep_interval is not None and self.caches_self_attention:
-            raise ArgumentError(
-                f"deepcache was given with sp_interval={self.sp_interval} and fi_interval={self.fi_interval}: expected "
-                "both intervals to be 1, since the deep branch is skipped whole. Use one or the other."
-            )
+            object.__setattr__(self, "guidance", checked_window(self.guidance))
+        self._check_together()
 
-    def _check_forecast(self) -> None:
-        clashes = {
-            f"fi_interval={self.fi_interval}": self.fi_interval > 1,
-            "deepcache": self.deep_interval is not None,
-            "after_gate='both'": self.after_gate == "both",
-        }
-        for given, clash in clashes.items():
-            if clash:
-                raise ArgumentError(
-                    f"forecast={self.forecast} was given with {given}: expected one or the other, since steps that are "
-                    "forecast capture nothing, and guidance would multiply a forecast's error. Leave one out."
-                )
-
-    def _check_auto(self) -> None:
-        clashes = {
-            f"sp_interval={self.sp_interval} and fi_interval={self.fi_interval}": self.caches_self_attention,
-            "deepcache": self.deep_interval is not None,
-            f"guidance={self.guidance}": self.guidance is not None,
-        }
-        for given, clash in clashes.items():
-            if clash:
-                raise ArgumentError(
-                    f"gate_step={self.gate_step!r} was given with {given}: expected one or the other, since any step "
-                    "may be the last before the gate, for which all is computed. Leave one out, or give gate_step as a "
-                    "number."
-                )
-
-    def _check_guidance(self) -> None:
-        clashes = {
-            f"sp_interval={self.sp_interval} and fi_interval={self.fi_interval}": self.caches_self_attention,
-            "deepcache": self.deep_interval is not None,
-            f"after_gate={self.after_gate!r}": self.after_gate not in (None, "positive"),
-        }
-        for given, clash in clashes.items():
-            if clash:
-                raise ArgumentError(
-                    f"guidance={self.guidance} was given with {given}: expected one or the other, since where guidance "
-                    "ends the conditional branch goes on, and nothing is cached for it alone. Leave one out."
-                )
+    def _check_together(self) -> None:
+        """Raise `ArgumentError` if two of the settings do not go together."""
+        auto = isinstance(self.gate_step, AutoGate)
+        intervals = f"sp_interval={self.sp_interval} and fi_interval={self.fi_interval}", self.caches_self_attention
+        deepcache = "deepcache", self.deep_interval is not None
+        guidance = f"guidance={self.guidance}", self.guidance is not None
+        after_gate = f"after_gate={self.after_gate!r}"
+        if auto:
+            why = "any step may be the last before the gate, for which all is computed"
+            refuse_together(f"gate_step={self.gate_step!r}", (intervals, deepcache, guidance), why)
+        if self.forecast > 1:
+            why = "a step that is forecast captures nothing, and guidance would multiply its error"
+            clashes = (f"fi_interval={self.fi_interval}", self.fi_interval > 1), (after_gate, self.after_gate == "both")
+            refuse_together(f"forecast={self.forecast}", (*clashes, deepcache), why)
+        if self.guidance is not None:
+            why = "where guidance ends the conditional branch goes on, for which alone nothing is cached"
+            clash = after_gate, self.after_gate not in (None, "positive")
+            refuse_together(guidance[0], (intervals, deepcache, clash), why)
+        if self.deep_interval is not None:
+            refuse_together("deepcache", (intervals,), "the deep branch is skipped whole")
 
     @property
     def caches_self_attention(self) -> bool:
@@ -271,46 +244,3 @@ def _roles(schedule: Schedule, index: int) -> Roles:
 
 def _number(gate_step: object) -> int:
     return gate_step if isinstance(gate_step, int) else 0
-
-
-def checked_gate_step(value: object) -> int | float | AutoGate | None:
-    """Return a gate step as an int ≥ 1, a float in (0, 1), None or an `AutoGate`.
-
-    Raises:
-        ArgumentError: it is none of these, nor "auto".
-    """
-    if value == "auto":
-        return AutoGate()
-    if value is None or isinstance(value, AutoGate) or (isinstance(value, float) and 0.0 < value < 1.0):
-        return value
-    number = as_int(value)
-    if number is not None and number >= 1:
-        return number
-    raise ArgumentError(
-        f"gate_step={value!r} ({type(value).__name__}) is not a gate step: expected an int ≥ 1 (the index of the first "
-        "gated step), a float between 0 and 1 (that share of the steps), None (never gated), or 'auto'."
-    )
-
-
-def _checked_weight(value: object) -> float:
-    try:
-        weight = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        weight = math.nan
-    if not 0.0 <= weight <= 1.0:
-        raise ArgumentError(
-            f"cache_weight={value!r} ({type(value).__name__}) is not a weight: expected a number from 0 (the "
-            "unconditional branch is cached) to 1 (the conditional one), 0.5 for the mean of both."
-        )
-    return weight
-
-
-def _checked_window(value: object) -> tuple[int, int]:
-    if isinstance(value, (tuple, list)) and len(value) == 2:
-        start, stop = map(as_int, value)
-        if start is not None and stop is not None and 0 <= start < stop:
-            return start, stop
-    raise ArgumentError(
-        f"guidance={value!r} is no span of steps: expected (start, stop), two ints with 0 ≤ start < stop: the first "
-        "step with guidance, and the first one without it again; or None for guidance at every step."
-    )

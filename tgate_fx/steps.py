@@ -87,9 +87,11 @@ class Steps:
     def will_gate(self) -> bool:
         """Whether there is a gated step, as far as the number of steps is known."""
         gate = self.schedule.gate_step
-        if gate is None or self.schedule.off:
+        if self.schedule.off:
             return False
-        return isinstance(gate, AutoGate) or self._expected is None or gate < self._expected
+        if isinstance(gate, (int, float)):
+            return self._expected is None or gate < self._expected
+        return isinstance(gate, AutoGate)
 
     def begin(self, timestep: Any) -> None:
         """Begin a step; settle at the first of a loop where the gate is.

@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
+from ..checked import checked_gate_step
 from ..errors import ArgumentError
-from ..schedule import checked_gate_step
 
 
 class GateStep(click.ParamType):  # type: ignore[type-arg]

@@ -72,7 +72,7 @@ class ImageScales:
             scales = _in_place_of(numbers, self._kept.get(processor), device_of(processor, device))
             self._kept[processor] = scales
             self._numbers.append((processor, numbers))
-            processor.scale = scales  # type: ignore[assignment]
+            processor.scale = scales
 
     def give_back(self) -> None:
         """Put the numbers back."""

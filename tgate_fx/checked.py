@@ -1,0 +1,63 @@
+"""What the settings of a schedule may be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from .auto_gate import AutoGate
+from .errors import ArgumentError, as_int
+
+
+def checked_gate_step(value: object) -> int | float | AutoGate | None:
+    """Return a gate step as an int ≥ 1, a float in (0, 1), None or an `AutoGate`.
+
+    Raises:
+        ArgumentError: it is none of these, nor "auto".
+    """
+    if value == "auto":
+        return AutoGate()
+    if value is None or isinstance(value, AutoGate) or (isinstance(value, float) and 0.0 < value < 1.0):
+        return value
+    number = as_int(value)
+    if number is not None and number >= 1:
+        return number
+    raise ArgumentError(
+        f"gate_step={value!r} ({type(value).__name__}) is not a gate step: expected an int ≥ 1 (the index of the first "
+        "gated step), a float between 0 and 1 (that share of the steps), None (never gated), or 'auto'."
+    )
+
+
+def checked_weight(value: object) -> float:
+    """Return a weight of the conditional branch from 0 to 1; raise `ArgumentError` if it is none."""
+    try:
+        weight = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        weight = math.nan
+    if not 0.0 <= weight <= 1.0:
+        raise ArgumentError(
+            f"cache_weight={value!r} ({type(value).__name__}) is not a weight: expected a number from 0 (the "
+            "unconditional branch is cached) to 1 (the conditional one), 0.5 for the mean of both."
+        )
+    return weight
+
+
+def checked_window(value: object) -> tuple[int, int]:
+    """Return a first step and one to stop before as two ints; raise `ArgumentError` if it is no such pair."""
+    if isinstance(value, (tuple, list)) and len(value) == 2:
+        start, stop = map(as_int, value)
+        if start is not None and stop is not None and 0 <= start < stop:
+            return start, stop
+    raise ArgumentError(
+        f"guidance={value!r} is no span of steps: expected (start, stop), two ints with 0 ≤ start < stop: the first "
+        "step with guidance, and the first one without it again; or None for guidance at every step."
+    )
+
+
+def refuse_together(setting: str, others: Iterable[tuple[str, bool]], why: str) -> None:
+    """Raise `ArgumentError` for the first of the other settings that is given together with this one."""
+    for given, clashes in others:
+        if clashes:
+            raise ArgumentError(
+                f"{setting} was given with {given}: expected one or the other, since {why}. Leave one out."
+            )
