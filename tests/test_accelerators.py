@@ -159,3 +159,25 @@ def test_a_denoiser_within_pefts_wrapper(backend: CountingBackend) -> None:
     for _ in range(2):
         assert torch.equal(tiny.latents(pipe, **kwargs), got)
     assert len(backend.graphs) == 2
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_an_attention_backend_of_ones_own(before: bool, backend: CountingBackend) -> None:
+    """Whether it was set before gating or after; `_native_math` computes attention in another order."""
+    plain, pipe, compiled = (wan.text_to_video() for _ in range(3))
+    expected = video(tgate_fx.gate(plain, 2))
+    tgate_fx.restore(plain)
+    for each in (plain, pipe, compiled):
+        if before or each is plain:
+            each.transformer.set_attention_backend("_native_math")
+    tgate_fx.gate(plain, 2)
+    tgate_fx.gate(pipe, 2)
+    tgate_fx.compile(compiled, 2, backend=backend)
+    if not before:
+        for each in (pipe, compiled):
+            each.transformer.set_attention_backend("_native_math")
+    result = video(pipe)
+    assert torch.equal(result, video(plain))
+    assert not torch.equal(result, expected)
+    assert relative_error(video(compiled), expected) < 1e-5
+    assert len(backend.graphs) == 2

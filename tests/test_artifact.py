@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
+import os
+import random
 import shutil
 import subprocess
 import sys
@@ -360,7 +363,7 @@ def flip(path: Path) -> None:
         (lambda path: (path / "1.pt2").unlink(), "1.pt2 is missing"),
         (lambda path: truncate(path / "manifest.json"), "No complete artifact"),
         (lambda path: (path / "manifest.json").unlink(), "No complete artifact"),
-        (in_text('"format": 7', '"format": 99'), "has format 99: expected 7"),
+        (in_text('"format": 8', '"format": 99'), "has format 99: expected 8"),
         (lambda path: truncate(path / "constants.bin"), "constants.bin is"),
         (lambda path: flip(path / "constants.bin"), "and not as it was written"),
         (in_text('"gate_step": 3', '"gate_step": 4'), "manifest.json is not as it was written"),
@@ -409,3 +412,112 @@ def test_what_cannot_be_saved(tmp_path: Path, backend: CountingBackend) -> None:
     with pytest.raises(tgate_fx.ArgumentError, match=says("already exists", "expected a new directory")):
         tgate_fx.save(tgate_fx.compile(made()), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def mutated(value: Any, rng: random.Random) -> Any:
+    """Something else in place of one value of a manifest."""
+    others: list[Any] = [None, True, -1, 0, 1, 2**63, 1.5, "", "../x", [], {}, [0], {"a": 1}]
+    if isinstance(value, int) and not isinstance(value, bool):
+        others += [value + 1, value - 1, value * 2, value + 4096]
+    if isinstance(value, str):
+        others += [value[1:], value + "0", value.upper(), "/" + value]
+    if isinstance(value, list):
+        others += [value[:-1], [*value, 1], value[::-1]]
+    return rng.choice([other for other in others if type(other) is not type(value) or other != value])
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Every place within a manifest's contents."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return (
+        [path, *[place for key, item in items for place in places(item, (*path, key))]]
+        if path
+        else [place for key, item in items for place in places(item, (key,))]
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.inductor
+def test_no_change_of_a_manifest_does_harm(artifact: Path, tmp_path: Path) -> None:
+    """300 changes, sealed again: each is refused, or gives the image of the schedule that the manifest then says."""
+    kwargs = {**tiny.inputs("sd"), **SIZE, "num_inference_steps": 5}
+    rng = random.Random(0)
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    sections: dict[Any, list[tuple[Any, ...]]] = {}
+    for place in places(manifest["contents"]):
+        sections.setdefault(place[:3] if place[0] == "phases" else place[0], []).append(place)
+    copied = tmp_path / "copied"
+    shutil.copytree(artifact, copied)
+    refused = 0
+    for _ in range(300):
+        changed = copy.deepcopy(manifest)
+        *parents, last = rng.choice(sections[rng.choice(list(sections))])
+        holder = changed["contents"]
+        for key in parents:
+            holder = holder[key]
+        if rng.random() < 0.15 and isinstance(holder, dict):
+            del holder[last]
+        else:
+            holder[last] = mutated(holder[last], rng)
+        changed["digest"] = manifest_module._digest(changed["contents"])
+        (copied / "manifest.json").write_text(json.dumps(changed))
+        pipe = made()
+        try:
+            tgate_fx.load(pipe, copied)
+            got = tiny.latents(pipe, **kwargs)
+        except tgate_fx.TGateError:
+            refused += 1
+            continue
+        eager = tgate_fx.gate(made(), 3)
+        eager._tgate.schedule = pipe._tgate.schedule
+        assert relative_error(got, tiny.latents(eager, **kwargs)) < 1e-4, (parents, last, holder.get(last))
+    assert refused > 200
+
+
+@pytest.mark.slow
+@pytest.mark.inductor
+def test_an_artifact_can_be_pinned(artifact: Path, tmp_path: Path) -> None:
+    digest = json.loads((artifact / "manifest.json").read_text())["digest"]
+    tgate_fx.restore(tgate_fx.load(made(), artifact, digest=digest))
+    with pytest.raises(tgate_fx.StateError, match=says("has the digest", "expected 00, which was given")):
+        tgate_fx.load(made(), artifact, digest="00")
+    copied = tmp_path / "copied"
+    shutil.copytree(artifact, copied)
+    forged = bytearray((copied / "constants.bin").read_bytes())
+    forged[: 8 * 1021 * 2] = b"\0" * (8 * 1021 * 2)
+    (copied / "constants.bin").write_bytes(forged)
+    checksum = manifest_module._file_checksum
+    try:
+        manifest_module._file_checksum = lambda path: checksum(artifact / path.name)
+        with pytest.raises(tgate_fx.StateError, match=r"constants\.bin is .* not as it was written"):
+            tgate_fx.load(made(), copied, digest=digest)
+    finally:
+        manifest_module._file_checksum = checksum
+
+
+@pytest.mark.slow
+@pytest.mark.inductor
+def test_files_that_are_none_or_cannot_be_read(artifact: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "copied"
+    shutil.copytree(artifact, copied)
+    for name, message in (("1.pt2", "1.pt2 is missing"), ("manifest.json", "No complete artifact")):
+        (copied / name).unlink()
+        os.mkfifo(copied / name)
+        with pytest.raises(tgate_fx.StateError, match=message):
+            tgate_fx.load(made(), copied)
+        (copied / name).unlink()
+        shutil.copy(artifact / name, copied / name)
+
+
+def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever runs the tests may read everything: the refusal is the system's."""
+    file = tmp_path / "0.pt2"
+    file.write_bytes(bytes(100))
+    described = manifest_module.describe_file(file)
+
+    def refuse(path: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(manifest_module, "_file_checksum", refuse)
+    with pytest.raises(tgate_fx.StateError, match=says("0.pt2 cannot be read", "Permission denied", "permissions")):
+        manifest_module.check_file(file, described, by_sha256=False)

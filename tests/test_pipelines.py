@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers.callbacks import SDCFGCutoffCallback, SDXLCFGCutoffCallback
 from PIL import Image
 
 import tgate_fx
-from tests import reference, tiny
+from tests import oracle, reference, tiny
+from tests.test_compile import relative_error
 
 STEPS = 8
 UNGUIDED = ("lcm", "lcm-img2img", "sd-lcm", "sdxl-lcm", "pixart-alpha-lcm")
@@ -187,15 +189,47 @@ def test_callbacks_see_every_step_and_may_change_the_latents() -> None:
     assert torch.equal(got, tiny.latents(reference.gate(tiny.sd(), 2, guided=True), **kwargs))
 
 
-def test_a_callback_that_drops_guidance_before_the_gate() -> None:
-    """What diffusers' SDCFGCutoffCallback does: from then on the batch is the conditional branch alone."""
-    from diffusers.callbacks import SDCFGCutoffCallback
+@pytest.mark.parametrize("how", tiny.slow_but(("gate",), ("gate", "compile")))
+@pytest.mark.parametrize("after", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("family", "callback"), [("sd-small", SDCFGCutoffCallback), ("sdxl-small", SDXLCFGCutoffCallback)]
+)
+def test_diffusers_callbacks_that_drop_guidance(family: str, callback: type[Any], after: int, how: str) -> None:
+    """Before the gate, at the step right before it and at its first: from then on there is one branch, here too."""
+    gate = 3
+    plain = tiny.make(family)
+    sites = [site.name for site in tgate_fx.sites(plain)]
+    call = {**tiny.inputs(family), "num_inference_steps": 6}
+    call["callback_on_step_end"] = callback(cutoff_step_ratio=None, cutoff_step_index=after)
+    kept: dict[str, torch.Tensor] = {}
+    step = [-1]
 
-    callback = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=1)
-    pipe = tgate_fx.gate(tiny.sd(), gate_step=4)
-    tiny.latents(pipe, **tiny.inputs("sd"), num_inference_steps=6, callback_on_step_end=callback)
-    assert [step.batch for step in tgate_fx.report(pipe).steps] == [2, 2, 1, 1, 1, 1]
-    assert tgate_fx.report(pipe).gate == 4
+    def keep_or_replace(name: str) -> Any:
+        def hook(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+            if step[0] == gate - 1:
+                first, second = output.chunk(2) if len(output) == 2 else (output, output)
+                # Its own, where guidance ends with that step.
+                kept[name] = second if after == gate - 1 else (first + second) / 2
+            return output if step[0] < gate else torch.cat([kept[name]] * len(output))
+
+        return hook
+
+    def answer(module: Any, args: Any, output: Any) -> Any:
+        if step[0] < gate:
+            return output
+        return oracle.mapped(lambda tensor: torch.cat([tensor[:1]] * len(tensor)), output)
+
+    unet = plain.unet
+    handles = [unet.register_forward_pre_hook(lambda *_: step.__setitem__(0, step[0] + 1))]
+    handles += [unet.get_submodule(name).register_forward_hook(keep_or_replace(name)) for name in sites]
+    with oracle.hooked(*handles, unet.register_forward_hook(answer)):
+        expected = tiny.latents(plain, **call)
+    pipe = tiny.make(family)
+    tgate_fx.gate(pipe, gate) if how == "gate" else tgate_fx.compile(pipe, gate, backend="eager")
+    assert relative_error(tiny.latents(pipe, **call), expected) < 1e-5
+    assert [row.batch for row in tgate_fx.report(pipe).steps] == [
+        2 if index < min(gate, after + 1) else 1 for index in range(6)
+    ]
 
 
 def test_prompt_embeddings_given_directly() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -191,3 +193,29 @@ def test_a_generation_may_end_before_its_first_step() -> None:
     pipe.encode_prompt = interrupted
     tiny.latents(pipe, **KWARGS)
     assert tgate_fx.report(pipe).steps == ()
+
+
+def test_nothing_is_made_on_the_default_device() -> None:
+    """A script may set it before it imports tgate_fx; "meta" stands for a GPU here, on which nothing can be read."""
+    script = """
+import torch
+torch.set_default_device("meta")
+import tgate_fx
+from tgate_fx.auto_gate import AutoGate, Watch
+from tgate_fx.compiled.checksum import checksum
+from tgate_fx.compiled.frozen_weights import FrozenWeights
+from tgate_fx.compiled.image_scales import _Scale
+from tgate_fx.inputs import canonical
+cpu = torch.device("cpu")
+latents = torch.ones(2, 4, 8, 8, device=cpu)
+assert checksum(latents) != 0
+weights = FrozenWeights(torch.nn.Linear(2, 2, device=cpu))
+assert not weights.changed()
+assert _Scale(0.5, cpu).tensor.item() == 0.5
+inputs, _ = canonical({"sample": latents, "timestep": 3, "conditioning_scale": 0.5})
+assert {value.device.type for value in inputs.values()} == {"cpu"}
+watch = Watch(AutoGate())
+watch.note(0, latents, latents)
+assert watch.opens_at(1)
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True)

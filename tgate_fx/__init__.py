@@ -20,6 +20,7 @@ from .phase_graph import PhaseGraph
 from .pipeline import compile, disabled, gate, graphs, report, restore, sites, split
 from .report import Report, StepReport
 from .sites import SiteInfo
+from .tuning.measure import Trial, Tuning, tune
 from .warmup import warmup
 
 __version__ = "0.1.0.dev0"
@@ -43,6 +44,8 @@ __all__ = [
     "TgateSDXLDeepCacheLoader",
     "TgateSDXLLoader",
     "TgateSVDLoader",
+    "Trial",
+    "Tuning",
     "UnsupportedError",
     "compile",
     "disabled",
@@ -55,5 +58,6 @@ __all__ = [
     "save",
     "sites",
     "split",
+    "tune",
     "warmup",
 ]

@@ -64,7 +64,7 @@ class Watch:
         if similarity.device.type != "cuda":
             self._seen.append((index, similarity, None))
             return
-        copy = torch.empty((), dtype=similarity.dtype, pin_memory=True)
+        copy = torch.empty((), dtype=similarity.dtype, device="cpu", pin_memory=True)
         copy.copy_(similarity, non_blocking=True)
         copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         copied.record()

@@ -37,6 +37,7 @@ _RESIDUALS = ("down_block_additional_residuals", "mid_block_additional_residual"
 _BOXES = ("boxes", "positive_embeddings", "masks")  # GLIGEN's
 
 _MASKS = frozenset(("ip_adapter_masks",))  # one for each IP-Adapter
+_IMAGES = frozenset(("image_embeds",))  # a list of such, where it is for IP-Adapters
 
 
 def _wan(*batched: str, shared: tuple[str, ...] = ()) -> Family:
@@ -68,6 +69,7 @@ FAMILIES = {
                 )
             ),
             shared=_MASKS,
+            only_attended=_IMAGES,
         )
     ),
     "UNetControlNetXSModel": Family(
@@ -111,7 +113,11 @@ FAMILIES = {
     ),
     # The text has a row for each frame.
     "UNetMotionModel": Family(
-        Rows(frozenset((*_UNET, *_RESIDUALS, "text_embeds", "time_ids", "image_embeds")), shared=_MASKS),
+        Rows(
+            frozenset((*_UNET, *_RESIDUALS, "text_embeds", "time_ids", "image_embeds")),
+            shared=_MASKS,
+            only_attended=_IMAGES,
+        ),
         after_gate="positive",
     ),
     "UNet3DConditionModel": Family(Rows(frozenset((*_UNET, *_RESIDUALS, "class_labels"))), after_gate="positive"),

@@ -150,12 +150,13 @@ class GuidanceForm(abc.ABC):
         """Return how many of a call's rows belong to the branch that goes on."""
 
     @abc.abstractmethod
-    def one_branch(self, inputs: dict[str, Any], rows: int) -> dict[str, Any]:
+    def one_branch(self, inputs: dict[str, Any], rows: int, *, gated: bool) -> dict[str, Any]:
         """Return the inputs of the branch that goes on.
 
         Args:
             inputs: the denoiser's inputs by name, as the first call of a step has them.
             rows: the rows of that call.
+            gated: whether its cross-attention is cached.
 
         Raises:
             UnsupportedError: a tensor of which it is not known how its rows follow the batch.

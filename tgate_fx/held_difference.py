@@ -66,7 +66,7 @@ def _level(scheduler: Any) -> Level:
         if predicts == "epsilon":
             return lambda timestep: 1.0
         if sigmas is not None and hasattr(scheduler, "step_index"):
-            values = torch.as_tensor(sigmas).tolist()
+            values = [float(sigma) for sigma in getattr(sigmas, "tolist", lambda: sigmas)()]
             if predicts == "v_prediction":
                 return _by_position(scheduler, [1 / math.hypot(1, sigma) for sigma in values])
             if predicts == "flow_prediction" and max(values) <= 1:
@@ -95,7 +95,8 @@ def _by_timestep(levels: torch.Tensor) -> Level:
     on_device = functools.cache(levels.to)
 
     def level(timestep: Any) -> torch.Tensor:
-        timestep = torch.as_tensor(timestep)
+        if not isinstance(timestep, torch.Tensor):
+            return levels[int(timestep)]
         return on_device(timestep.device)[timestep.reshape(-1)[0].long()]
 
     return level

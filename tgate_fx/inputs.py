@@ -70,7 +70,8 @@ def _canonical(inputs: Mapping[str, Any], tensors: list[torch.Tensor]) -> tuple[
     signature: list[object] = []
     for name, value in inputs.items():
         if name == "timestep":
-            value = torch.as_tensor(value, dtype=torch.float32)
+            device = value.device if isinstance(value, torch.Tensor) else "cpu"
+            value = torch.as_tensor(value, dtype=torch.float32, device=device)
         if isinstance(value, torch.Tensor):
             if name not in LATENTS:
                 value = value.contiguous()

@@ -32,7 +32,7 @@ class OneBatch(GuidanceForm):
                 "calls, three chunks); use it with gate_step=None or guidance off. Three chunks go on with "
                 "after_gate='both'."
             )
-        self.one_branch(dict(inputs), rows)
+        self.one_branch(dict(inputs), rows, gated=False)
 
     def check_complete(self) -> None:
         """Do nothing: both came in one call."""
@@ -41,9 +41,9 @@ class OneBatch(GuidanceForm):
         """Return half of them."""
         return rows // 2
 
-    def one_branch(self, inputs: dict[str, Any], rows: int) -> dict[str, Any]:
+    def one_branch(self, inputs: dict[str, Any], rows: int, *, gated: bool) -> dict[str, Any]:
         """Return that half of every batched input which has the branch."""
-        return self._rows.half(inputs, rows, second=self._branch == self.order[1])
+        return self._rows.half(inputs, rows, second=self._branch == self.order[1], gated=gated)
 
     def has_other_branch(self, guided: bool) -> bool:
         """Return whether the step is guided."""

@@ -22,12 +22,15 @@ class Rows:
         channels_dim: the dimension of the latents that has the channels; those beyond the ones that the denoiser
             predicts are conditioning.
         conditioned: the name of the input that is not zero where the latents are conditioning, if there is one.
+        only_attended: the names of lists that only cross-attention reads. They are left whole where that is cached, for
+            a module may keep rows of its own that go with theirs (IP-Adapters of faces).
     """
 
     batched: frozenset[str]
     shared: frozenset[str] = frozenset()
     channels_dim: int = 1
     conditioned: str | None = None
+    only_attended: frozenset[str] = frozenset()
 
     def own_latents(self, denoiser: Any, latents: torch.Tensor) -> torch.Tensor:
         """Return the latents without the channels of conditioning, which may differ between guidance branches."""
@@ -36,26 +39,29 @@ class Rows:
             return latents
         return latents.narrow(self.channels_dim, 0, predicted)
 
-    def half(self, inputs: Mapping[str, Any], rows: int, *, second: bool) -> dict[str, Any]:
+    def half(self, inputs: Mapping[str, Any], rows: int, *, second: bool, gated: bool) -> dict[str, Any]:
         """Return one half of every batched input.
 
         Args:
             inputs: the denoiser's inputs by name.
             rows: the rows of the whole batch.
             second: whether the second half is meant, or the first.
+            gated: whether cross-attention is cached.
 
         Raises:
             UnsupportedError: it is not known how the rows of a tensor follow the batch, or it has other rows.
         """
-        return {name: self._half(name, value, rows, second) for name, value in inputs.items()}
+        return {name: self._half(name, value, rows, second, gated) for name, value in inputs.items()}
 
-    def _half(self, name: str, value: Any, rows: int, second: bool) -> Any:
+    def _half(self, name: str, value: Any, rows: int, second: bool, gated: bool) -> Any:
         if name in self.shared:
             return value
         if isinstance(value, dict):
-            return self.half(value, rows, second=second)
+            return self.half(value, rows, second=second, gated=gated)
         if type(value) in (list, tuple):
-            return type(value)(self._half(name, item, rows, second) for item in value)
+            if gated and name in self.only_attended:
+                return value
+            return type(value)(self._half(name, item, rows, second, gated) for item in value)
         if not isinstance(value, torch.Tensor):
             return value
         # One timestep may serve all rows.

@@ -125,7 +125,7 @@ class Run:
         one_branch = self._has_one_branch(step)
         sliced = one_branch and guided
         if sliced:
-            inputs = self._guidance.one_branch(inputs, rows)
+            inputs = self._guidance.one_branch(inputs, rows, gated=step.gated)
             rows = self._guidance.rows_kept(rows)
         at_the_gate = one_branch and self.steps.index == self.schedule.gate_step
         if at_the_gate and not guided and self._cached[_OWN][Kind.CROSS_ATTENTION]:

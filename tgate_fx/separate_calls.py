@@ -57,7 +57,7 @@ class SeparateCalls(GuidanceForm):
         """Return all of them."""
         return rows
 
-    def one_branch(self, inputs: dict[str, Any], rows: int) -> dict[str, Any]:
+    def one_branch(self, inputs: dict[str, Any], rows: int, *, gated: bool) -> dict[str, Any]:
         """Return the same inputs."""
         return inputs
 

@@ -151,4 +151,6 @@ class Steps:
 
 def _latest(timestep: Any) -> float:
     """Return the timestep of what is noisiest: conditioning within the latents may have timesteps of its own."""
-    return float("nan") if timestep is None else float(torch.as_tensor(timestep).max())
+    if timestep is None:
+        return float("nan")
+    return float(timestep.max() if isinstance(timestep, torch.Tensor) else timestep)

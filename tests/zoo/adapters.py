@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from diffusers import T2IAdapter
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
-from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
+from diffusers.models.embeddings import (
+    ImageProjection,
+    IPAdapterFaceIDImageProjection,
+    IPAdapterFaceIDPlusImageProjection,
+    IPAdapterPlusImageProjection,
+    MultiIPAdapterImageProjection,
+)
 
 from tests import tiny
 
@@ -36,7 +44,30 @@ def xl_with_adapter() -> Any:
     )
 
 
-def with_ip_adapters(unet: Any, adapters: int = 2) -> Any:
+def plain_projection() -> Any:
+    return ImageProjection(IMAGE_WIDTH, WIDTH, IMAGE_TOKENS)
+
+
+def plus_projection() -> Any:
+    """Of an IP-Adapter Plus, which reads all of an image's features."""
+    return IPAdapterPlusImageProjection(IMAGE_WIDTH, WIDTH, 16, depth=1, dim_head=8, heads=2, num_queries=IMAGE_TOKENS)
+
+
+def face_projection() -> Any:
+    return IPAdapterFaceIDImageProjection(IMAGE_WIDTH, WIDTH, num_tokens=IMAGE_TOKENS)
+
+
+def face_plus_projection() -> Any:
+    """Of an IP-Adapter for faces, whose module is given the image's features besides: rows of its own."""
+    projection = IPAdapterFaceIDPlusImageProjection(
+        16, WIDTH, 10, id_embeddings_dim=IMAGE_WIDTH, depth=1, dim_head=8, heads=2, num_tokens=IMAGE_TOKENS
+    )
+    projection.clip_embeds = noise(2, 1, 5, 10, seed=12)
+    projection.shortcut = True
+    return projection
+
+
+def with_ip_adapters(unet: Any, adapters: int = 2, projection: Callable[[], Any] = plain_projection) -> Any:
     """The same UNet, whose cross-attentions read images too, as after ``load_ip_adapter``."""
     processors = {
         name: processor
@@ -45,14 +76,14 @@ def with_ip_adapters(unet: Any, adapters: int = 2) -> Any:
         for name, processor in unet.attn_processors.items()
     }
     unet.set_attn_processor(processors)
-    projections = [ImageProjection(IMAGE_WIDTH, WIDTH, IMAGE_TOKENS) for _ in range(adapters)]
+    projections = [projection() for _ in range(adapters)]
     unet.encoder_hid_proj = MultiIPAdapterImageProjection(projections)
     unet.config.encoder_hid_dim_type = "ip_image_proj"
     return unet
 
 
-def sd_with_ip_adapters(adapters: int = 2) -> Any:
-    unet = seeded(lambda: with_ip_adapters(tiny.unet(**tiny.ONE_BLOCK), adapters))
+def sd_with_ip_adapters(adapters: int = 2, projection: Callable[[], Any] = plain_projection) -> Any:
+    unet = seeded(lambda: with_ip_adapters(tiny.unet(**tiny.ONE_BLOCK), adapters, projection))
     return sd("StableDiffusionPipeline", unet=unet)
 
 
@@ -86,6 +117,19 @@ ENTRIES = [
         lambda: inputs(ip_adapter_image_embeds=image_embeds(), height=16, width=16),
         **{**UNET, "text": ("encoder_hidden_states", "added_cond_kwargs")},
     ),
+    *[
+        Entry(
+            f"StableDiffusionPipeline IP-Adapters {name}",
+            functools.partial(sd_with_ip_adapters, 1, projection),
+            lambda shape=shape: inputs(ip_adapter_image_embeds=[noise(*shape, seed=10)], height=16, width=16),
+            **UNET,
+        )
+        for name, projection, shape in (
+            ("Plus", plus_projection, (2, 1, 5, IMAGE_WIDTH)),
+            ("FaceID", face_projection, (2, 1, IMAGE_WIDTH)),
+            ("FaceID Plus", face_plus_projection, (2, 1, IMAGE_WIDTH)),
+        )
+    ],
     Entry(
         "StableDiffusionPipeline IP-Adapters masked",
         sd_with_ip_adapters,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..auto_gate import AutoGate
 from ..companions import companions_of
 from ..deepcache import DeepCache
 from ..errors import StateError, UnsupportedError
@@ -14,14 +13,14 @@ from ..network import Network, networks_of
 from ..phases import EagerPhases
 from ..roles import Role, Roles
 from ..run import GatedNetwork
-from ..schedule import Schedule
 from . import fingerprint, manifest, private, weights_file
+from .contents import schedule_of
 from .packaged import Package, PackagedPhases
 
 Pipeline = TypeVar("Pipeline")
 
 
-def load(pipe: Pipeline, path: str | Path) -> Pipeline:
+def load(pipe: Pipeline, path: str | Path, digest: str | None = None) -> Pipeline:
     """Gate a pipeline with phases that `save` compiled; nothing is compiled any more.
 
     The pipeline must be as it was then, weights included where they are part of the packages (`freezing`), and so must
@@ -33,6 +32,8 @@ def load(pipe: Pipeline, path: str | Path) -> Pipeline:
     Args:
         pipe: a plain pipeline.
         path: the directory that `save` made.
+        digest: the "digest" of the manifest that you know to be yours. With it, no other artifact is loaded, and every
+            file is read through to see that it is the one: take it from a place that others cannot write to.
 
     Returns:
         The same pipeline object, gated as the saved one was.
@@ -44,11 +45,8 @@ def load(pipe: Pipeline, path: str | Path) -> Pipeline:
     path = Path(path)
     check_not_gated(pipe)
     private.check_torch()
-    contents = manifest.read(path)
-    said = contents["schedule"]
-    if isinstance(said["gate_step"], dict):
-        said = {**said, "gate_step": AutoGate(**said["gate_step"])}
-    schedule = Schedule(**said)
+    contents = manifest.read(path, digest)
+    schedule = schedule_of(contents["schedule"])
     interval = schedule.deep_interval
     deepcache = None if interval is None else DeepCache(interval=interval, branch=contents["deepcache"])
     network = _only_network(pipe, deepcache)
@@ -56,7 +54,7 @@ def load(pipe: Pipeline, path: str | Path) -> Pipeline:
     manifest.check_environment(contents, network.module)
     if frozen:
         manifest.check_parts("weights", contents, fingerprint.weights(network.module))
-    packages = _load_packages(path, contents)
+    packages = _load_packages(path, contents, pinned=digest is not None)
     phases = PackagedPhases(network.module, packages, contents["structure"], frozen=frozen)
     beside = companions_of(pipe) if contents["gate_companions"] else []
     companions = [GatedNetwork(companion, EagerPhases(companion)) for companion in beside]  # only phases are packaged
@@ -80,12 +78,12 @@ def _only_network(pipe: Any, deepcache: DeepCache | None) -> Network:
     return networks[0]
 
 
-def _load_packages(path: Path, contents: dict[str, Any]) -> dict[Roles, list[Package]]:
+def _load_packages(path: Path, contents: dict[str, Any], *, pinned: bool) -> dict[Roles, list[Package]]:
     packages: dict[Roles, list[Package]] = {}
     phases = contents["phases"]
     for phase in phases:
-        manifest.check_file(path / phase["package"], phase["file"])
-    manifest.check_file(path / manifest.WEIGHTS_FILE, contents["weights_file"])
+        manifest.check_file(path / phase["package"], phase["file"], by_sha256=pinned)
+    manifest.check_file(path / manifest.WEIGHTS_FILE, contents["weights_file"], by_sha256=pinned)
     mapped = weights_file.mapped(path / manifest.WEIGHTS_FILE, [phase["constants"] for phase in phases])
     for phase, weights in zip(phases, mapped, strict=True):
         file = path / phase["package"]
@@ -93,10 +91,11 @@ def _load_packages(path: Path, contents: dict[str, Any]) -> dict[Roles, list[Pac
             loaded = private.LoadedPackage(file)
             if contents["weights"] is not None:  # else the denoiser's are still to come
                 loaded.share_weights(weights)
-        except RuntimeError as error:
+            results = private.Structure.loads(phase["results"])
+        except Exception as error:  # torch's loader and its structures raise many kinds
             raise StateError(
                 f"torch cannot load {file}: {error}\nExpected what tgate_fx.save wrote. Save it again on this machine."
             ) from error
-        package = Package(phase["name"], phase["signature"], private.Structure.loads(phase["results"]), loaded, weights)
+        package = Package(phase["name"], phase["signature"], results, loaded, weights)
         packages.setdefault(Roles(*map(Role, phase["roles"])), []).append(package)
     return packages

@@ -15,9 +15,10 @@ from ..compiled.checksum import checksum
 from ..compiled.cpu import processor
 from ..errors import StateError
 from . import fingerprint
+from .contents import check
 
 _FILE = "manifest.json"
-_FORMAT = 7
+_FORMAT = 8
 
 # The file of the weights that are part of the packages.
 WEIGHTS_FILE = "constants.bin"
@@ -46,13 +47,19 @@ def _model(denoiser: nn.Module) -> dict[str, str]:
     return {"class": type(denoiser).__name__, **values}
 
 
-def read(path: Path) -> dict[str, Any]:
-    """Return the contents of an artifact's manifest.
+def read(path: Path, digest: str | None) -> dict[str, Any]:
+    """Return the contents of an artifact's manifest, whose every field has been checked.
+
+    Args:
+        path: of the artifact.
+        digest: that the contents must have; None for whichever the manifest itself says.
 
     Raises:
         StateError: there is none, or it was changed.
     """
     try:
+        if not (path / _FILE).is_file():
+            raise FileNotFoundError(f"no file {_FILE}")
         manifest = json.loads((path / _FILE).read_text())
         found = manifest["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -63,11 +70,17 @@ def read(path: Path) -> dict[str, Any]:
     if found != _FORMAT:
         raise StateError(f"The artifact at {path} has format {found}: expected {_FORMAT}. Save it again.")
     contents: dict[str, Any] = manifest.get("contents", {})
+    if digest is not None and _digest(contents) != digest:
+        raise StateError(
+            f"The artifact at {path} has the digest {_digest(contents)}: expected {digest}, which was given. Load the "
+            "one that this digest is of."
+        )
     if _digest(contents) != manifest.get("digest"):
         raise StateError(
             f"{path / _FILE} is not as it was written: expected what tgate_fx.save wrote, unchanged. Copy it "
             "again, or save it again."
         )
+    check(path / _FILE, contents)
     return contents
 
 
@@ -103,14 +116,22 @@ def _listed(names: list[str]) -> str:
 
 
 def describe_file(path: Path) -> dict[str, Any]:
-    """Return the size and checksum of a file."""
-    return {"bytes": path.stat().st_size, "checksum": _file_checksum(path)}
+    """Return the size and checksums of a file."""
+    return {"bytes": path.stat().st_size, "checksum": _file_checksum(path), "sha256": _sha256(path)}
 
 
-def check_file(path: Path, described: dict[str, Any]) -> None:
-    """Raise `StateError` unless a file is as it was described."""
-    size = path.stat().st_size if path.is_file() else None
-    if size != described["bytes"] or _file_checksum(path) != described["checksum"]:
+def check_file(path: Path, described: dict[str, Any], *, by_sha256: bool) -> None:
+    """Raise `StateError` unless a file is as it was described; ``by_sha256`` for one that no hand can forge."""
+    try:
+        size = path.stat().st_size if path.is_file() else None
+        same = size == described["bytes"] and _file_checksum(path) == described["checksum"]
+        same = same and (not by_sha256 or _sha256(path) == described["sha256"])
+    except (OSError, RuntimeError) as error:
+        raise StateError(
+            f"{path} cannot be read ({error}): expected a file that this process may read. Change its permissions, or "
+            "copy it again."
+        ) from error
+    if not same:
         found = "missing" if size is None else f"{size} bytes, and not as it was written"
         raise StateError(
             f"{path} is {found}: expected the {described['bytes']} bytes that tgate_fx.save wrote. Copy it "
@@ -118,10 +139,18 @@ def check_file(path: Path, described: dict[str, Any]) -> None:
         )
 
 
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for part in iter(lambda: file.read(2**20), b""):
+            digest.update(part)
+    return digest.hexdigest()
+
+
 def _file_checksum(path: Path) -> str:
     """Finds damage; it is no protection against those who mean harm."""
     size = path.stat().st_size
-    words = torch.from_file(str(path), size=size // 8, dtype=torch.int64)
+    words = torch.from_file(str(path), size=size // 8, dtype=torch.int64, device="cpu")
     with path.open("rb") as file:
         file.seek(size // 8 * 8)
         return f"{checksum(words):x}-{file.read().hex()}"

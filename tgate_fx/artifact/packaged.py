@@ -44,7 +44,14 @@ class Package:
 
     def run(self, cache: Cache, inputs: Inputs) -> PhaseResult:
         """Run it on inputs of its signature."""
-        results: PhaseResult = self.results.fill(self.loaded.run(_tensors(cache, inputs)))
+        leaves = self.loaded.run(_tensors(cache, inputs))
+        try:
+            results: PhaseResult = self.results.fill(leaves)
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise StateError(
+                f"The {self.name} phase gives {len(leaves)} tensors, which do not fit the structure that the artifact "
+                f"says ({error}): expected what tgate_fx.save wrote. Save it again."
+            ) from error
         return results
 
 

@@ -8,12 +8,15 @@ once for all phases, which compute from the file's pages; processes that map the
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
+from ..compiled.checksum import checksum
+from ..errors import StateError
 from . import private
 
 _ALIGNMENT = 64  # bytes: a cache line, and the widest vector
@@ -45,7 +48,7 @@ class WeightsWriter:
             self._file.write(b"\0" * (-self._file.tell() % _ALIGNMENT))
             self._offsets[digest] = self._file.tell()
             self._file.write(data)
-        return {
+        entry = {
             "file_offset": self._offsets[digest],
             "bytes": data.nbytes,
             "dtype": str(view.dtype).removeprefix("torch."),
@@ -55,12 +58,36 @@ class WeightsWriter:
             "offset": view.storage_offset(),
             "packed": private.packing_of(view) if view.is_mkldnn else None,
         }
+        flat = (
+            torch.frombuffer(data, dtype=torch.uint8)
+            if data.nbytes
+            else torch.empty(0, dtype=torch.uint8, device="cpu")
+        )
+        return {**entry, "checksum": _checksum(flat, entry)}
 
 
 def mapped(path: Path, phases: list[dict[str, Entry]]) -> list[dict[str, torch.Tensor]]:
-    """Return the weights of each phase, from the pages of a file that `WeightsWriter` wrote."""
-    file = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
+    """Return the weights of each phase, from the pages of a file that `WeightsWriter` wrote.
+
+    Raises:
+        StateError: an entry does not say what is there.
+    """
+    file = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8, device="cpu")
+    for entries in phases:
+        for name, entry in entries.items():
+            said = {key: value for key, value in entry.items() if key != "checksum"}
+            if _checksum(file[entry["file_offset"] : entry["file_offset"] + entry["bytes"]], said) != entry["checksum"]:
+                raise StateError(
+                    f"{path} does not have the weight {name} where the manifest says: expected what tgate_fx.save "
+                    "wrote. Copy the artifact again, or save it again."
+                )
     return [{name: _tensor(file, entry) for name, entry in entries.items()} for entries in phases]
+
+
+def _checksum(data: torch.Tensor, said: Mapping[str, Any]) -> str:
+    """Return a checksum of a weight's bytes, and of what is said of them."""
+    digest = hashlib.sha256(json.dumps(dict(said), sort_keys=True).encode()).hexdigest()
+    return f"{checksum(data):x}-{digest[:16]}"
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:

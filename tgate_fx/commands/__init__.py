@@ -10,6 +10,7 @@ from ..errors import TGateError
 from .bench import bench
 from .demo import demo
 from .macs import macs
+from .tune import tune
 
 
 @click.group()
@@ -20,6 +21,7 @@ def app() -> None:
 app.add_command(bench)
 app.add_command(demo)
 app.add_command(macs)
+app.add_command(tune)
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ import click
 
 from .options import GateStep, OutFile, check_gated
 
-_PROMPTS = (
+PROMPTS = (
     "a large red star in the centre on a striped white background",
     "a small blue circle left of a large yellow triangle on a plain grey background",
     "a large green cross above a small purple square on a checkered pink background",
@@ -17,7 +17,7 @@ _PROMPTS = (
 
 
 @click.command()
-@click.option("--prompt", "prompts", multiple=True, default=_PROMPTS, help="What to draw; repeat it for more rows.")
+@click.option("--prompt", "prompts", multiple=True, default=PROMPTS, help="What to draw; repeat it for more rows.")
 @click.option(
     "--gate-step",
     "gates",

@@ -11,7 +11,7 @@ import torch
 _INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 _ROW = 1021  # a prime: what repeats in a weight falls on another multiplier in every row
 # Odd ones lose no bit of a word: whatever changes in one word changes the sum.
-_MULTIPLIERS = torch.randint(-(2**62), 2**62, (_ROW * 4,), generator=torch.Generator().manual_seed(0)) | 1
+_MULTIPLIERS = torch.randint(-(2**62), 2**62, (_ROW * 4,), generator=torch.Generator().manual_seed(0), device="cpu") | 1
 
 
 def checksum(tensor: torch.Tensor) -> int:

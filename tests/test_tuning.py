@@ -1,0 +1,162 @@
+"""`tgate_fx.tune` and `tgate-fx tune`: what is measured, what is recommended, and where it goes on."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import tgate_fx
+from tests import tiny
+from tests.conftest import run
+from tests.test_refusals import says
+from tests.zoo import sana, wan
+from tgate_fx.tuning import measure
+from tgate_fx.tuning.likeness import _WEIGHTS, likeness
+from tgate_fx.tuning.measure import Trial, Tuning
+from tgate_fx.tuning.show import plot
+
+pytest.importorskip("torchmetrics")
+
+PROMPTS = ["a red cat", "two dogs"]
+SETTINGS = [{"gate_step": 2, "cache_weight": 1.0}, {"gate_step": 4}, {"gate_step": 2, "forecast": 2}]
+
+
+def pictures(seed: int) -> torch.Tensor:
+    return torch.rand(2, 3, 24, 24, generator=torch.Generator().manual_seed(seed))
+
+
+def test_likeness_is_what_numpy_says() -> None:
+    one, other = pictures(0), (pictures(0) + 0.1 * pictures(1)).clamp(0, 1)
+    found = likeness(one, other)
+    error = ((one.numpy() - other.numpy()) ** 2).mean((1, 2, 3))
+    assert found.psnr == pytest.approx(float((10 * np.log10(1 / error)).mean()), abs=1e-4)
+    assert 0.5 < found.ssim < 1
+    same = likeness(one, one)
+    assert (same.psnr, same.ssim) == (pytest.approx(100), pytest.approx(1))
+    assert likeness(one, pictures(2)).ssim < found.ssim
+
+
+@pytest.mark.skipif(importlib.util.find_spec(_WEIGHTS) is None, reason="its weights are not installed")
+def test_features_tell_more_from_less() -> None:
+    one = pictures(0)
+    near, far = (likeness(one, (one + share * pictures(1)).clamp(0, 1)).perceptual for share in (0.05, 0.5))
+    assert likeness(one, one).perceptual == 0
+    assert near is not None
+    assert far is not None
+    assert 0 < near < far
+
+
+def test_a_pipeline_is_measured_and_left_as_it_was() -> None:
+    pipe = tgate_fx.gate(tiny.make("sd-small"), 3)
+    call = {"height": 24, "width": 24, "num_inference_steps": 5}
+    before = pipe(PROMPTS[0], **call, generator=torch.Generator().manual_seed(1), output_type="latent").images
+    tuning = tgate_fx.tune(pipe, PROMPTS, settings=SETTINGS, psnr=1.0, ssim=-1.0, **call)
+    after = pipe(PROMPTS[0], **call, generator=torch.Generator().manual_seed(1), output_type="latent").images
+    assert torch.equal(before, after)
+    ungated, *others = tuning.trials
+    assert (ungated.setting, ungated.speed_up, ungated.psnr) == ({}, 1.0, pytest.approx(100))
+    assert sorted(map(str, (each.setting for each in others))) == sorted(map(str, SETTINGS))
+    assert [each.seconds for each in others] == sorted(each.seconds for each in others)
+    for each in others:
+        assert each.speed_up == ungated.seconds / each.seconds
+        assert each.lowest_psnr <= each.psnr < 100
+    assert tuning.recommended == max(tuning.trials, key=lambda each: each.speed_up)
+    assert str(tuning).splitlines()[-1] == f"for 1 dB and SSIM -1: {tuning.recommended.name}"
+
+
+def test_the_likeness_is_to_the_ungated_image_of_the_same_noise() -> None:
+    pipe = tgate_fx.gate(tiny.make("sd-small"), 3)
+    call = {"height": 24, "width": 24, "num_inference_steps": 5}
+    tuning = tgate_fx.tune(pipe, PROMPTS[:1], settings=SETTINGS[:1], seed=4, **call)
+    images = []
+    for gate_step, rule in ((None, {}), (2, {"cache_weight": 1.0})):
+        generator = torch.Generator().manual_seed(4)
+        images.append(
+            pipe(PROMPTS[0], **call, gate_step=gate_step, **rule, generator=generator, output_type="np").images
+        )
+    error = float(((images[0].astype(float) - images[1]) ** 2).mean())
+    assert tuning.trials[1].psnr == pytest.approx(10 * np.log10(1 / error), abs=1e-3)
+
+
+def test_the_fastest_above_the_floor_is_recommended() -> None:
+    def trial(name: int, speed_up: float, psnr: float, ssim: float = 0.99, refused: str | None = None) -> Trial:
+        return Trial({"gate_step": name}, 1 / speed_up, speed_up, psnr, ssim, refused=refused)
+
+    trials = (Trial({}), trial(1, 3.0, 20), trial(2, 2.5, 30, 0.9), trial(3, 2.0, 29), trial(4, 1.5, 35))
+    assert Tuning(trials, 28, 0.95).recommended.setting == {"gate_step": 3}
+    assert Tuning(trials, 40, 0.95).recommended.setting == {}
+    assert Tuning((*trials, trial(5, 9.0, 99, refused="no")), 28, 0.95).recommended.setting == {"gate_step": 3}
+
+
+def test_it_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tgate_fx.gate(tiny.make("sd-small"), 3)
+    arguments: dict[str, Any] = {"settings": SETTINGS[:1], "work": tmp_path, "height": 24, "width": 24}
+    arguments["num_inference_steps"] = 4
+    generate = measure._generate
+    calls: list[int] = []
+
+    def counted(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return generate(*args)
+
+    monkeypatch.setattr(measure, "_generate", counted)
+    with pytest.raises(KeyboardInterrupt):
+        tgate_fx.tune(pipe, PROMPTS, **arguments)
+    first = tgate_fx.tune(pipe, PROMPTS, **arguments)
+    assert len(calls) == 4 + 2  # the second prompt's, the ungated image again
+    assert tgate_fx.tune(pipe, PROMPTS, **arguments) == first
+    assert len(calls) == 6
+    with pytest.raises(tgate_fx.ArgumentError, match=says("measurements of other prompts", "another directory")):
+        tgate_fx.tune(pipe, PROMPTS[:1], **arguments)
+
+
+@pytest.mark.parametrize("how", ["gate", pytest.param("compile", marks=pytest.mark.slow)])
+def test_other_families(how: str, tmp_path: Path) -> None:
+    """Videos, guidance in separate calls, and transformers; what one cannot do is said and left out."""
+    for module, name in ((wan, "WanPipeline"), (sana, "SanaPipeline")):
+        entry = next(entry for entry in module.ENTRIES if entry.pipeline == name)
+        pipe = entry.make()
+        tgate_fx.gate(pipe, 2) if how == "gate" else tgate_fx.compile(pipe, 2, backend="eager")
+        call = {**entry.inputs(), "height": 32, "width": 32}
+        del call["generator"], call["output_type"]
+        settings = [{"gate_step": 2, "after_gate": "guided"}, {"gate_step": 2, "after_gate": "negative"}]
+        tuning = tgate_fx.tune(pipe, [None], settings=settings, **call)
+        assert np.isfinite(tuning.trials[1].psnr)
+        plot(tuning, tmp_path / "plot.png")
+        assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a small red circle in the centre on a plain white background\n\n")
+    monkeypatch.setattr(measure, "_GATES", (0.5,))
+    out, picture = tmp_path / "tune.json", tmp_path / "tune.png"
+    options = ("--prompts", prompts, "--steps", "4", "--json", out, "--plot", picture, "--psnr", "1", "--ssim", "0")
+    assert run(monkeypatch, "tune", *options) == 0
+    written = json.loads(out.read_text())
+    assert written["recommended"]
+    assert len(written["trials"]) == 1 + len(measure._RULES)
+    assert not any(trial["refused"] for trial in written["trials"])
+    assert picture.stat().st_size > 1000
+    assert "for 1 dB and SSIM 0: gate_step=0.5" in capsys.readouterr().out
+
+
+def test_what_is_refused() -> None:
+    pipe = tiny.make("sd-small")
+    with pytest.raises(tgate_fx.StateError, match="is not gated"):
+        tgate_fx.tune(pipe, PROMPTS)
+    tgate_fx.gate(pipe, 2)
+    for prompts in ([], "a cat"):
+        with pytest.raises(tgate_fx.ArgumentError, match=says("expected a list of at least one")):
+            tgate_fx.tune(pipe, prompts)
+    with pytest.raises(tgate_fx.UnsupportedError, match=says("expected images or videos of 11×11")):
+        tgate_fx.tune(pipe, PROMPTS, height=8, width=8, num_inference_steps=3)
