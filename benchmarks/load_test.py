@@ -136,11 +136,11 @@ def _failing(pipe: Any) -> Generate:
 
 
 @contextlib.contextmanager
-def serving(pipe: Any, generate: Generate, queue_length: int = 10_000) -> Iterator[str]:
+def serving(pipe: Any, generate: Generate, queue_length: int = 10_000, **limits: float) -> Iterator[str]:
     """The service on a free port of this machine, in a thread; its address."""
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
-        app = application(pipe, generate, queue_length=queue_length)
+        app = application(pipe, generate, queue_length=queue_length, **limits)
         server = uvicorn.Server(uvicorn.Config(app, log_level="critical"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()

@@ -5,8 +5,9 @@
         -d '{"prompt": "a large red star in the centre on a plain white background", "seed": 1}'
 
 One pipeline generates one image after the other; requests wait in a queue of limited length. What cannot be served is
-refused with a reason: 422 for a request that is wrong, 503 when the queue is full, 500 when generating failed, after
-which the next request is served as usual. A client that goes away while it waits is not generated for.
+refused with a reason: 422 for a request that is wrong, 413 for one of more than 64 kB and 408 for one that does not
+arrive, 503 when the queue is full, 500 when generating failed, after which the next request is served as usual. A
+client that goes away while it waits is not generated for. Put it behind a proxy, which limits headers and connections.
 """
 
 from __future__ import annotations
@@ -34,7 +35,10 @@ import tgate_fx
 from tgate_fx import demo
 from tgate_fx.demo.compare import unknown_words
 
+from .body_limit import BodyLimit
+
 SIZE = 64  # pixels per side: what was compiled for
+_MOST_BYTES, _MOST_SECONDS = 2**16, 10.0  # of a request's body
 _CLIENT_LEFT = 499  # the status that nginx made customary for it; nobody reads it
 
 
@@ -132,13 +136,16 @@ async def _left(request: Request) -> None:
         pass
 
 
-def application(pipe: Any, generate: Generate, *, queue_length: int = 32) -> FastAPI:
+def application(
+    pipe: Any, generate: Generate, *, queue_length: int = 32, body_seconds: float = _MOST_SECONDS
+) -> FastAPI:
     """The service.
 
     Args:
         pipe: the pipeline; its tokenizer says which words it knows.
         generate: makes an image, in a thread of its own.
         queue_length: how many requests may wait.
+        body_seconds: how long the body of a request may take to arrive.
     """
     queue = Queue(generate, queue_length)
     # A tokenizer keeps how it pads from call to call: that of the pipeline is for the thread that generates.
@@ -150,6 +157,7 @@ def application(pipe: Any, generate: Generate, *, queue_length: int = 32) -> Fas
         queue.close()
 
     app = FastAPI(title="tgate_fx", lifespan=lifespan)
+    app.add_middleware(BodyLimit, most=_MOST_BYTES, seconds=body_seconds)
 
     @app.exception_handler(RequestValidationError)
     async def wrong(_: Request, error: RequestValidationError) -> JSONResponse:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -40,6 +41,26 @@ def test_bad_requests_are_refused_with_a_reason(pipe: object) -> None:
         answer = httpx.post(f"{address}/images", content=b"{not json", headers=JSON)
         assert answer.status_code == 422
         assert httpx.get(f"{address}/health").json()["accepted"] == 0
+
+
+def test_bodies_without_an_end_are_refused(pipe: object) -> None:
+    def forever(part: bytes, pause: float) -> Iterator[bytes]:
+        while True:
+            yield part
+            time.sleep(pause)
+
+    with serving(pipe, generator(pipe), body_seconds=0.5) as address:
+        url = f"{address}/images"
+        assert httpx.post(url, content=b" " * 2**20, headers=JSON).status_code == 413
+        for part, pause, status in ((b" " * 2**12, 0.0, 413), (b" ", 0.1, 408)):
+            try:
+                answer = httpx.post(url, content=forever(part, pause), headers=JSON, timeout=10)
+            except (httpx.WriteError, httpx.RemoteProtocolError):  # it answered and closed while this was still sending
+                continue
+            assert answer.status_code == status
+            assert "expected at most 65536" in answer.json()["detail"]
+        assert httpx.get(f"{address}/health").json()["accepted"] == 0
+        assert httpx.post(url, json=a_request(3), timeout=60).status_code == 200
 
 
 def test_a_full_queue_is_said_so(pipe: object) -> None:

@@ -22,9 +22,11 @@ def checked_gate_step(value: object) -> int | float | AutoGate | None:
     number = as_int(value)
     if number is not None and number >= 1:
         return number
+    whole = isinstance(value, float) and value >= 1 and value.is_integer()
     raise ArgumentError(
         f"gate_step={value!r} ({type(value).__name__}) is not a gate step: expected an int ≥ 1 (the index of the first "
         "gated step), a float between 0 and 1 (that share of the steps), None (never gated), or 'auto'."
+        + (f" Write {value:.0f} for that step." if whole else "")
     )
 
 
