@@ -34,8 +34,6 @@ from tgate_fx.artifact.packaged import weights_of
 
 SIZE = {"height": 16, "width": 16}
 
-pytestmark = pytest.mark.xdist_group("artifact")  # which is made once
-
 
 def made() -> Any:
     return tiny.sd(**tiny.ONE_BLOCK)

@@ -23,8 +23,6 @@ from tgate_fx import demo
 from tgate_fx.demo.compare import unknown_words
 from tgate_fx.demo.scenes import Scene, Thing, random_scene, scenes
 
-pytestmark = pytest.mark.xdist_group("demo")  # whose pictures are made once
-
 QUALITY = Path(__file__).parent.parent / "benchmarks" / "results" / "quality.json"
 SCENE = Scene("side by side", (Thing("small", "red", "circle"), Thing("large", "blue", "star")), "pink", "striped")
 

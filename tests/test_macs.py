@@ -22,8 +22,6 @@ from tgate_fx.macs.table import PUBLISHED, published_rows, show
 from tgate_fx.roles import Role, Roles
 from tgate_fx.schedule import Schedule
 
-pytestmark = pytest.mark.xdist_group("macs")  # which count a phase once
-
 LIMITS = Path(__file__).parent.parent / "benchmarks" / "results" / "macs-limits.json"
 
 

@@ -346,3 +346,62 @@ def test_every_family(entry: zoo.Entry) -> None:
     assert relative_error(entry.run(pipe), expected) < 1e-5
     phases = [step.phase for step in tgate_fx.report(pipe).steps]
     assert phases.count("forecast") == sum(network.forecast for network in networks)
+
+
+def level_of(pipe: Any, plain: Callable[[], Any]) -> Callable[[int], float] | None:
+    """What a difference of predictions times this is one of noise, by the scheduler's kind; None if it is not known.
+
+    Args:
+        pipe: the pipeline.
+        plain: generates with it, by which its scheduler has its timesteps.
+    """
+    plain()
+    scheduler = pipe.scheduler
+    name, predicts = type(scheduler).__name__, getattr(scheduler.config, "prediction_type", None)
+    if name.startswith("FlowMatch"):
+        predicts = "flow_prediction"
+    counts = not type(pipe).__name__.startswith("SkyReelsV2DiffusionForcing")  # which steps copies of it
+    if predicts == "epsilon" and not name.startswith("EDM"):
+        return lambda step: 1.0
+    if name.startswith(("EDM", "CosineDPM")) or not counts:
+        return None
+    if predicts == "v_prediction" and not hasattr(scheduler, "sigmas"):
+        return alpha(pipe)
+    sigmas = scheduler.sigmas.tolist() if hasattr(scheduler, "sigmas") else [float("inf")]
+    if predicts == "v_prediction":
+        return lambda step: (1 + sigmas[step] ** 2) ** -0.5
+    return (lambda step: 1 - sigmas[step]) if predicts == "flow_prediction" and max(sigmas) <= 1 else None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "entry",
+    [each for each in ONE_BRANCH if each.form in ("batch", "reversed", "calls") and each.loop is None],
+    ids=lambda each: each.pipeline,
+)
+def test_guidance_goes_on_in_every_family(entry: zoo.Entry) -> None:
+    pipe = entry.make()
+    calls = 2 if entry.form == "calls" else 1
+    denoisers = denoisers_of(pipe, entry)
+    sites = [oracle.find_sites(each, lambda: entry.run(pipe), entry.latents, entry.text) for each in denoisers]
+    networks = [oracle.Network(*pair) for pair in zip(denoisers, sites, strict=True)]
+    level = level_of(pipe, lambda: entry.run(pipe))
+    rule = {"after_gate": "guided", "cache_weight": 1.0}
+    if level is None:
+        tgate_fx.gate(pipe, 2, **rule, **entry.settings)
+        with pytest.raises(tgate_fx.UnsupportedError, match=says("after_gate='guided'", "after_gate='positive'")):
+            entry.run(pipe)
+        return
+    expected = oracle.gated(
+        networks,
+        lambda: entry.run(pipe),
+        2,
+        entry.form,
+        calls,
+        companions=companions_of(pipe, entry),
+        companions_form=entry.companions_form,
+        weight=1.0,
+        level=level,
+    )
+    tgate_fx.gate(pipe, 2, **rule, **entry.settings)
+    assert relative_error(entry.run(pipe), expected) < 1e-4

@@ -18,8 +18,9 @@ import torch
 from .errors import UnsupportedError
 from .inputs import map_both, map_tensors
 
-# What a difference of predictions is multiplied by for one of noises, at the step that the denoiser is called for.
-Level = Callable[[Any], "float | torch.Tensor"]
+# What a difference of predictions is multiplied by for one of noises, at the step that the denoiser is called for: from
+# its timestep, and whether steps have ended before it.
+Level = Callable[[Any, bool], "float | torch.Tensor"]
 
 # These scale what goes into the model and what comes out, so that it predicts something else than they say.
 _PRECONDITIONED = ("EDM", "CosineDPM")
@@ -43,13 +44,17 @@ class HeldDifference:
     def capture(self, conditional: Any, unconditional: Any, timestep: Any) -> None:
         """Hold the difference of both branches' outputs at the step with this timestep."""
         self._difference = map_both(torch.sub, conditional, unconditional)
-        self._captured_at = self._level(timestep)
+        self._captured_at = self._level(timestep, False)
 
     def at(self, timestep: Any) -> Any:
-        """Return the difference for the step with this timestep; None if there was no guidance before."""
+        """Return the difference for the step with this timestep; None if there was no guidance before.
+
+        Raises:
+            UnsupportedError: the scheduler does not count the pipeline's steps.
+        """
         if self._difference is None:
             return None
-        factor = self._captured_at / self._level(timestep)
+        factor = self._captured_at / self._level(timestep, True)
         if isinstance(factor, float) and factor == 1.0:
             return self._difference
         return map_tensors(lambda tensor: tensor * factor, self._difference)
@@ -64,7 +69,7 @@ def _level(scheduler: Any) -> Level:
     alphas = getattr(scheduler, "alphas_cumprod", None)
     if not name.startswith(_PRECONDITIONED):
         if predicts == "epsilon":
-            return lambda timestep: 1.0
+            return lambda timestep, begun: 1.0
         if sigmas is not None and hasattr(scheduler, "step_index"):
             values = [float(sigma) for sigma in getattr(sigmas, "tolist", lambda: sigmas)()]
             if predicts == "v_prediction":
@@ -83,8 +88,14 @@ def _level(scheduler: Any) -> Level:
 def _by_position(scheduler: Any, levels: list[float]) -> Level:
     """By the scheduler's own count of steps, a plain int that is None before its first one."""
 
-    def level(timestep: Any) -> float:
+    def level(timestep: Any, begun: bool) -> float:
         index = scheduler.step_index
+        if index is None and begun:
+            raise UnsupportedError(
+                f"after_gate='guided' was given for a pipeline that does not step its {type(scheduler).__name__} but "
+                "copies of it: expected one that counts the steps, of which the noise is known. Give "
+                "after_gate='positive' with cache_weight=1.0."
+            )
         return levels[(getattr(scheduler, "begin_index", None) or 0) if index is None else index]
 
     return level
@@ -94,7 +105,7 @@ def _by_timestep(levels: torch.Tensor) -> Level:
     """By the denoiser's timestep, looked up where that is, so that nothing waits for the device."""
     on_device = functools.cache(levels.to)
 
-    def level(timestep: Any) -> torch.Tensor:
+    def level(timestep: Any, begun: bool) -> torch.Tensor:
         if not isinstance(timestep, torch.Tensor):
             return levels[int(timestep)]
         return on_device(timestep.device)[timestep.reshape(-1)[0].long()]

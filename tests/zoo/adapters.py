@@ -60,7 +60,7 @@ def face_projection() -> Any:
 def face_plus_projection() -> Any:
     """Of an IP-Adapter for faces, whose module is given the image's features besides: rows of its own."""
     projection = IPAdapterFaceIDPlusImageProjection(
-        16, WIDTH, 10, id_embeddings_dim=IMAGE_WIDTH, depth=1, dim_head=8, heads=2, num_tokens=IMAGE_TOKENS
+        WIDTH, WIDTH, 10, id_embeddings_dim=IMAGE_WIDTH, depth=1, dim_head=8, heads=2, num_tokens=IMAGE_TOKENS
     )
     projection.clip_embeds = noise(2, 1, 5, 10, seed=12)
     projection.shortcut = True
