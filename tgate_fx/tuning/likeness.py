@@ -46,6 +46,7 @@ def likeness(pictures: torch.Tensor, others: torch.Tensor) -> Likeness:
 
     error = (pictures.double() - others.double()).square().mean((1, 2, 3)).clamp(min=1e-10)
     ssim = structural_similarity_index_measure(pictures.float(), others.float(), data_range=1.0)
+    assert isinstance(ssim, torch.Tensor)  # without the map that it can return beside
     features = _features()
     distance = None if features is None else float(_distance(features(pictures), features(others)).mean())
     return Likeness(float((-10 * error.log10()).mean()), float(ssim), distance)
