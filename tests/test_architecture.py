@@ -32,7 +32,7 @@ phase_graph ladder
 pipeline warmup loaders hand_written
 artifact.private artifact.weights_file artifact.fingerprint artifact.manifest artifact.packaged
 artifact.save artifact.load
-tuning.mobilenet tuning.likeness tuning.measure tuning.show
+tuning.mobilenet tuning.likeness tuning.kept tuning.measure tuning.show
 tgate_fx
 macs.architecture macs.images macs.wan macs.videos macs.sounds macs.architectures macs.count macs.table macs.limits
 demo.scenes demo.grid demo demo.compare

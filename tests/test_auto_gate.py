@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.callbacks import SDCFGCutoffCallback
 
 import tgate_fx
 from tests import oracle, tiny, zoo
@@ -130,6 +131,27 @@ def test_companions_follow() -> None:
     assert torch.equal(*results)
 
 
+def test_a_callback_that_ends_guidance_before_the_gate_opens() -> None:
+    """What is cached is then that of the last step, and not of the last one with guidance."""
+    pipe = tiny.sd()
+    callback = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=2)
+    tgate_fx.gate(pipe, 6)
+    expected = generate(pipe, callback_on_step_end=callback)
+    got = generate(pipe, callback_on_step_end=callback, gate_step=tgate_fx.AutoGate(1.0, latest=6))
+    assert torch.equal(got, expected)
+
+
+def test_control_of_the_conditional_branch_alone() -> None:
+    call = controlnet.inputs(image=controlnet.image(), num_inference_steps=STEPS, guess_mode=True)
+    pipe = controlnet.with_controlnet("StableDiffusionControlNetPipeline")
+    results = []
+    for gate_step in (4, tgate_fx.AutoGate(-1, earliest=4)):
+        tgate_fx.gate(pipe, gate_step)
+        results.append(pipe(**{**call, "generator": torch.Generator().manual_seed(3)}).images)
+        tgate_fx.restore(pipe)
+    assert torch.equal(*results)
+
+
 def test_a_device_that_lags_behind_opens_it_a_step_later(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on CUDA, where a similarity is read when the step after has been queued."""
     waited: list[int] = []
@@ -175,6 +197,7 @@ def test_without_guidance_there_is_nothing_to_go_by() -> None:
         (lambda: tgate_fx.AutoGate(earliest=5, latest=3), says("latest=3", "expected an int ≥ 5")),
         (lambda: tgate_fx.gate(tiny.sd(), "auto", sp_interval=2), says("AutoGate", "sp_interval=2", "Leave one out")),
         (lambda: tgate_fx.gate(tiny.sd(), "auto", guidance=(0, 3)), says("AutoGate", "guidance=(0, 3)")),
+        (lambda: tgate_fx.gate(tiny.sd(), "auto", after_gate="both"), says("AutoGate", "after_gate='both'")),
         (lambda: tgate_fx.gate(tiny.sd(), "soon"), says("gate_step='soon'", "'auto'")),
     ],
 )

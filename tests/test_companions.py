@@ -151,6 +151,7 @@ class SometimesControlled(StableDiffusionControlNetPipeline):
     def __call__(self, steps: tuple[int, ...], guidance_scale: float = 4.0) -> torch.Tensor:
         self._guidance_scale = guidance_scale
         self.scheduler.set_timesteps(6)
+        self._num_timesteps = 6
         latents = noise(1, 4, 8, 8)
         text = noise(2, 7, controlnet.WIDTH, seed=2)
         for index, t in enumerate(self.scheduler.timesteps):
@@ -163,6 +164,25 @@ class SometimesControlled(StableDiffusionControlNetPipeline):
             uncond, cond = self.unet(batch, **given, **control, return_dict=False)[0].chunk(2)
             latents = self.scheduler.step(uncond + guidance_scale * (cond - uncond), t, latents).prev_sample
         return latents
+
+
+@pytest.mark.parametrize("steps", [(0, 1, 3), (2, 3, 4), (0, 1, 2, 3, 4, 5), (4, 5)])
+def test_a_companion_runs_wherever_the_denoiser_does(steps: tuple[int, ...]) -> None:
+    """Whichever step it begins at: only where the denoiser's output is forecast may it rest."""
+    pipe = SometimesControlled(**make().components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    tgate_fx.gate(pipe, GATE, after_gate="positive", forecast=2)
+    denoised: list[int] = []
+    controlled: list[int] = []
+    handles = [
+        pipe.unet.conv_in.register_forward_hook(lambda *_: denoised.append(pipe._tgate.steps.index)),
+        pipe.controlnet.conv_in.register_forward_hook(lambda *_: controlled.append(pipe._tgate.steps.index)),
+    ]
+    with oracle.hooked(*handles):
+        assert torch.isfinite(pipe(steps)).all()
+    assert denoised == [0, 1, 2, 4, 5]
+    assert set(controlled) >= set(steps) & set(denoised)
+    assert set(controlled) <= set(steps)
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,8 @@ def compiled_entries() -> list[zoo.Entry]:
     seen = set()
     chosen = []
     for entry in ENTRIES:
-        key = (entry.make.__module__, entry.form)
+        added = entry.make.__module__.endswith("adapters") or "GLIGEN" in entry.pipeline
+        key = (entry.pipeline if added else entry.make.__module__, entry.form)
         if key not in seen or entry.pipeline in FIRST:
             chosen.append(entry)
         seen.add(key)

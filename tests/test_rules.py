@@ -15,7 +15,7 @@ from tests.conftest import CountingBackend
 from tests.test_compile import relative_error
 from tests.test_families import ENTRIES, companions_of, denoisers_of, outputs_of
 from tests.test_refusals import says
-from tests.zoo import controlnet, wan
+from tests.zoo import adapters, controlnet, wan
 from tgate_fx.forecast import Forecast
 
 GATE = 3
@@ -274,6 +274,7 @@ def test_companions_rest_while_steps_are_forecast() -> None:
         ({"forecast": 2, "fi_interval": 2}, says("forecast=2", "fi_interval=2", "Leave one out")),
         ({"forecast": 2, "after_gate": "both"}, says("forecast=2", "after_gate='both'", "Leave one out")),
         ({"guidance": (3, 3)}, says("guidance=(3, 3)", "expected (start, stop)")),
+        ({"guidance": (3, 8)}, says("guidance=(3, 8)", "gate_step=3", "guidance ends at the gate")),
         ({"guidance": 5}, says("guidance=5", "expected (start, stop)")),
         ({"guidance": (0, 5), "sp_interval": 2}, says("guidance=(0, 5)", "sp_interval=2", "Leave one out")),
         ({"guidance": (0, 5), "after_gate": "both"}, says("guidance=(0, 5)", "after_gate='both'", "Leave one out")),
@@ -305,6 +306,44 @@ def test_schedulers_that_a_rule_is_refused_with() -> None:
     with pytest.raises(tgate_fx.UnsupportedError, match=says("after_gate='guided'", "DDIMScheduler", "'sample'")):
         generate(pipe, after_gate="guided")
     generate(pipe)
+
+
+def test_guidance_cannot_go_on_from_where_all_is_noise() -> None:
+    entry = next(entry for entry in wan.ENTRIES if entry.pipeline == "WanPipeline")
+    pipe = entry.make()
+    pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    tgate_fx.gate(pipe, 1, after_gate="guided")
+    with pytest.raises(tgate_fx.UnsupportedError, match=says("nothing but noise", "Give gate_step=2 or more")):
+        entry.run(pipe)
+    tgate_fx.restore(pipe)
+    entry.run(tgate_fx.gate(pipe, 2, after_gate="guided"))
+
+
+def test_faces_need_guidance_at_every_step() -> None:
+    pipe = adapters.sd_with_ip_adapters(1, adapters.face_plus_projection)
+    with pytest.raises(tgate_fx.UnsupportedError, match=says("guidance=(0, 2)", "FaceID Plus", "Leave guidance out")):
+        tgate_fx.gate(pipe, 3, guidance=(0, 2))
+
+
+def test_a_loop_of_ones_own_is_checked_too() -> None:
+    pipe = tgate_fx.gate(tiny.make("sd-small"), GATE, forecast=2)
+    pipe.scheduler = tiny.scheduler("HeunDiscrete")
+    with (
+        pytest.raises(tgate_fx.UnsupportedError, match=says("forecast=2", "HeunDiscreteScheduler")),
+        tgate_fx.generation(pipe, 4, guided=True),
+    ):
+        pass
+    with tgate_fx.disabled(pipe):
+        generate(pipe)
+
+
+@pytest.mark.parametrize("window", [(0, 5), (2, 5)])
+def test_a_share_and_a_window_are_warmed_up(window: tuple[int, int], backend: CountingBackend) -> None:
+    pipe = tgate_fx.compile(tiny.make("sd-small"), 0.8, guidance=window, backend=backend)
+    tgate_fx.warmup(pipe, height=16, width=16)
+    assert len(backend.graphs) == 3
+    with torch.compiler.set_stance("fail_on_recompile"):
+        generate(pipe, num_inference_steps=10)
 
 
 def test_a_number_of_steps_that_is_not_known() -> None:

@@ -91,6 +91,7 @@ def test_the_fastest_above_the_floor_is_recommended() -> None:
     trials = (Trial({}), trial(1, 3.0, 20), trial(2, 2.5, 30, 0.9), trial(3, 2.0, 29), trial(4, 1.5, 35))
     assert Tuning(trials, 28, 0.95).recommended.setting == {"gate_step": 3}
     assert Tuning(trials, 40, 0.95).recommended.setting == {}
+    assert Tuning(trials[:1], 101, 1.0).recommended.setting == {}
     assert Tuning((*trials, trial(5, 9.0, 99, refused="no")), 28, 0.95).recommended.setting == {"gate_step": 3}
 
 
@@ -103,7 +104,7 @@ def test_it_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.Mon
 
     def counted(*args: Any) -> Any:
         calls.append(1)
-        if len(calls) == 4:
+        if len(calls) == 5:
             raise KeyboardInterrupt
         return generate(*args)
 
@@ -111,11 +112,14 @@ def test_it_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(KeyboardInterrupt):
         tgate_fx.tune(pipe, PROMPTS, **arguments)
     first = tgate_fx.tune(pipe, PROMPTS, **arguments)
-    assert len(calls) == 4 + 2  # the second prompt's, the ungated image again
+    assert len(calls) == 5 + 3  # one to begin with, and the second prompt's
     assert tgate_fx.tune(pipe, PROMPTS, **arguments) == first
-    assert len(calls) == 6
-    with pytest.raises(tgate_fx.ArgumentError, match=says("measurements of other prompts", "another directory")):
+    assert len(calls) == 8
+    other = says("measurements of another pipeline, or of other prompts", "another directory")
+    with pytest.raises(tgate_fx.ArgumentError, match=other):
         tgate_fx.tune(pipe, PROMPTS[:1], **arguments)
+    with pytest.raises(tgate_fx.ArgumentError, match=other):
+        tgate_fx.tune(tgate_fx.gate(tiny.make("sd-small", seed=1), 3), PROMPTS, **arguments)
 
 
 @pytest.mark.parametrize("how", ["gate", pytest.param("compile", marks=pytest.mark.slow)])

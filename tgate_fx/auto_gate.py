@@ -67,7 +67,7 @@ class Watch:
         copy = torch.empty((), dtype=similarity.dtype, device="cpu", pin_memory=True)
         copy.copy_(similarity, non_blocking=True)
         copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        copied.record()
+        copied.record(torch.cuda.current_stream(similarity.device))
         self._seen.append((index, copy, copied))
 
     def check_can_open(self) -> None:

@@ -34,7 +34,7 @@ def checked_weight(value: object) -> float:
     """Return a weight of the conditional branch from 0 to 1; raise `ArgumentError` if it is none."""
     try:
         weight = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         weight = math.nan
     if not 0.0 <= weight <= 1.0:
         raise ArgumentError(

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .run import Run
-from .schedule import Schedule
+from .schedule import Schedule, Step
 
 
 class CompanionRun(Run):
@@ -38,6 +38,10 @@ class CompanionRun(Run):
 
     def compare(self, conditional: Any, unconditional: Any) -> None:
         """Do nothing: the gate opens by what the denoiser predicts."""
+
+    def computes(self, step: Step) -> bool:
+        """Return whether the denoiser runs at this step, whose steps may be counted from another gate than these."""
+        return not step.gated or self._forecast.is_empty or self.steps.schedule.at(self.steps.index).computed
 
     def forecast_at(self, index: int) -> Any:
         """Return what it gave last: nobody reads that at a step at which the denoiser does not run."""

@@ -25,6 +25,11 @@ class Forecast:
         self._computed = [*self._computed[-1:], (index, map_tensors(torch.clone, output))]
 
     @property
+    def is_empty(self) -> bool:
+        """Whether nothing was computed yet."""
+        return not self._computed
+
+    @property
     def last(self) -> Any:
         """The output that was computed last."""
         return self._computed[-1][1]

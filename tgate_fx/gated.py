@@ -79,7 +79,7 @@ class Gated:
         self.companions = tuple(companions)
         self.disabled = 0
         self.parameters = inspect.signature(type(pipe).__call__).parameters
-        self._check(pipe, self.settled(schedule))
+        self.check(pipe, self.settled(schedule))
         self.steps: Steps | None = None
         self.runs: list[Run] = []
         self._plain_class = type(pipe)
@@ -127,7 +127,7 @@ class Gated:
         given = {name: kwargs.pop(name) for name in _FOR_ONE_CALL if name in kwargs}
         overrides = {name: value for name, value in given.items() if value is not _AS_GATED}
         schedule = self.settled(dataclasses.replace(self.schedule, **overrides))
-        self._check(pipe, schedule)
+        self.check(pipe, schedule)
         bound = functools.partial(_bound, self.parameters, (pipe, *args), kwargs)
         control_is_conditional = only_conditional(pipe, bound("guess_mode"))
         if schedule.after_gate == "negative" and (control_is_conditional or bound("gligen_boxes") is not None):
@@ -150,8 +150,10 @@ class Gated:
         settled = schedule.settled(self.networks[0].network.family.after_gate)
         return dataclasses.replace(settled, off=self.disabled > 0)
 
-    def _check(self, pipe: Any, schedule: Schedule) -> None:
+    def check(self, pipe: Any, schedule: Schedule) -> None:
         """Raise `UnsupportedError` if the pipeline cannot be gated so."""
+        if schedule.off:
+            return
         check_known_guidance(pipe, self.parameters, schedule)
         for each in self.networks:
             each.network.check_schedule(schedule)

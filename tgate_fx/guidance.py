@@ -241,7 +241,7 @@ def check_known_guidance(pipe: Any, parameters: Mapping[str, Any], schedule: Sch
             raise UnsupportedError(
                 f"{name} uses {reason}, and after_gate={schedule.after_gate!r} keeps one: expected an unconditional "
                 "and a conditional branch for that. Give after_gate='both', which keeps the whole batch and all "
-                "guidance, or use this pipeline ungated."
+                "guidance, without guidance=..., or use this pipeline ungated."
             )
 
 

@@ -16,8 +16,8 @@ def generation(pipe: Any, steps: int, *, guided: bool) -> Iterator[None]:
     """Context manager: the calls of the pipeline's denoiser are the steps of one generation, and gated as those are.
 
     A step is a call of the denoiser with a timestep; of guidance in separate calls, both with the same timestep tensor.
-    After the gate the denoiser computes the branch that goes on, and gives its output for both, so that guidance over
-    the two gives back just that. Set the scheduler's timesteps before the first call.
+    After the gate the denoiser computes the branch that goes on, and gives what the pipeline's own loop would get. Set
+    the scheduler's timesteps before the first call.
 
     Args:
         pipe: a pipeline under `gate`, `compile` or `load`.
@@ -41,9 +41,11 @@ def generation(pipe: Any, steps: int, *, guided: bool) -> Iterator[None]:
             f"guided={guided!r} ({type(guided).__name__}): expected True if the denoiser is given both branches of "
             "guidance, else False."
         )
+    schedule = gated.settled(gated.schedule)
+    gated.check(pipe, schedule)
     said = Steps(
         pipe,
-        gated.settled(gated.schedule),
+        schedule,
         guided=lambda: guided,
         count=lambda: steps,
         calls_back=True,  # what runs between the steps is not known

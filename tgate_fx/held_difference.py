@@ -45,6 +45,11 @@ class HeldDifference:
         """Hold the difference of both branches' outputs at the step with this timestep."""
         self._difference = map_both(torch.sub, conditional, unconditional)
         self._captured_at = self._level(timestep, False)
+        if isinstance(self._captured_at, float) and self._captured_at == 0:
+            raise UnsupportedError(
+                "after_gate='guided' was given with a gate right after a step at which there is nothing but noise, so "
+                "that what the model predicts says nothing of it: expected a later gate. Give gate_step=2 or more."
+            )
 
     def at(self, timestep: Any) -> Any:
         """Return the difference for the step with this timestep; None if there was no guidance before.
@@ -67,10 +72,13 @@ def _level(scheduler: Any) -> Level:
         predicts = "flow_prediction"
     sigmas = getattr(scheduler, "sigmas", None)
     alphas = getattr(scheduler, "alphas_cumprod", None)
+    between = getattr(scheduler, "order", 1) != 1 and not name.startswith("Heun")  # evaluates at levels of its own
     if not name.startswith(_PRECONDITIONED):
         if predicts == "epsilon":
             return lambda timestep, begun: 1.0
-        if sigmas is not None and hasattr(scheduler, "step_index"):
+        if between:
+            predicts = f"{predicts} between its levels of noise"
+        elif sigmas is not None and hasattr(scheduler, "step_index"):
             values = [float(sigma) for sigma in getattr(sigmas, "tolist", lambda: sigmas)()]
             if predicts == "v_prediction":
                 return _by_position(scheduler, [1 / math.hypot(1, sigma) for sigma in values])
@@ -108,6 +116,6 @@ def _by_timestep(levels: torch.Tensor) -> Level:
     def level(timestep: Any, begun: bool) -> torch.Tensor:
         if not isinstance(timestep, torch.Tensor):
             return levels[int(timestep)]
-        return on_device(timestep.device)[timestep.reshape(-1)[0].long()]
+        return on_device(timestep.device).index_select(0, timestep.reshape(-1)[:1].long())[0]
 
     return level

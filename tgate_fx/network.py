@@ -19,6 +19,8 @@ from .split import PhaseFunction, phase_function
 
 # The attributes under which diffusers' pipelines have them.
 _DENOISERS = ("unet", "transformer", "transformer_2")
+# Modules that keep rows of both guidance branches themselves, of which none can be cut out of the inputs.
+_WITH_ROWS = ("IPAdapterFaceIDPlusImageProjection",)
 
 
 class Network:
@@ -85,6 +87,11 @@ class Network:
                 f"after_gate={schedule.after_gate!r} was given for a {type(self.module).__name__}, whose guidance "
                 "branches come in separate calls, the conditional one first: expected "
                 f"{' or '.join(map(repr, possible))}. Give one of these, or leave after_gate out."
+            )
+        if schedule.guidance is not None and any(type(each).__name__ in _WITH_ROWS for each in self.module.modules()):
+            raise UnsupportedError(
+                f"guidance={schedule.guidance} was given with an IP-Adapter for faces (FaceID Plus), whose module keeps "
+                "an image's features for both branches: expected guidance at every step. Leave guidance out."
             )
         if schedule.caches_self_attention and Kind.SELF_ATTENTION not in self._kinds:
             raise UnsupportedError(

@@ -69,7 +69,8 @@ def gate(
         after_gate: which guidance branch goes on after the gate. "negative" or "positive": that branch alone; they
             differ only where the conditioning reaches the denoiser in another way than by cross-attention, as in SDXL.
             "guided": the conditional branch alone, and guidance goes on with the difference of the branches at the last
-            step before the gate, held constant as noise (see `tgate_fx.held_difference`). "both": the whole batch with
+            step before the gate, held constant as noise (see `tgate_fx.held_difference`), which for a flow
+            must not be the first of all. "both": the whole batch with
             a cache for each branch, and guidance goes on. None is upstream's rule where it has one ("positive" for
             Stable Video Diffusion, "negative" for other Stable Diffusion and PixArt), "positive" for all others, and
             with ``cache_weight=1.0``. Where the other branch has zeros in place of control (``guess_mode``, GLIGEN's
@@ -82,7 +83,8 @@ def gate(
             ``fi_interval``, ``deepcache``, ``after_gate="both"`` or a scheduler of order 2.
         guidance: ``(start, stop)``, the steps with guidance: at the others the conditional branch alone is computed,
             with live cross-attention before the gate and with ``gate_step=None`` (a guidance interval, Kynkäänniemi et
-            al., arXiv:2404.07724). It takes one graph more. Not together with the intervals or ``deepcache``.
+            al., arXiv:2404.07724). The gate ends it too. It takes one graph more. Not together with the intervals or
+            ``deepcache``.
         gate_companions: after the gate, ControlNets too run on the branch that goes on, with their cross-attentions
             cached; False lets them compute the whole batch at every step.
 

@@ -102,11 +102,13 @@ class Run:
         one_branch = self._has_one_branch(step)
         if one_branch and call:
             return self._answers[-1]
+        if guided and self._held is None and self.schedule.after_gate == "guided" and self.steps.will_gate:
+            self._held = HeldDifference(self.steps.scheduler)
         difference = self._held.at(inputs.get("timestep")) if self._held and one_branch and guided else None
         self.branch_sliced = one_branch and guided and difference is None
         started = self.steps.clock.start(latents.device)
         graphs, rows = self.phases.graphs, 0
-        if step.computed:
+        if self.computes(step):
             output, rows = self._compute(step, call, inputs, guided)
             if step.gated and self.schedule.forecast > 1:
                 self._forecast.add(index, output)
@@ -162,6 +164,10 @@ class Run:
         """Return whether a step has one guidance branch only."""
         return (step.gated and self.schedule.one_branch) or not step.guided
 
+    def computes(self, step: Step) -> bool:
+        """Return whether the network runs at this step."""
+        return step.computed
+
     def forecast_at(self, index: int) -> Any:
         """Return the output of a step at which the denoiser does not run."""
         return self._forecast.at(index)
@@ -196,7 +202,7 @@ class Run:
         self.loop = self.steps.loop
         self._begun_at = self.steps.index
         self._follow()
-        if self.steps.watch is not None and not self.guided:
+        if self.steps.watch is not None and not self.steps.guided:
             self.steps.watch.check_can_open()
         # By the slot, which is the call of its step that captured it, and the kind of site.
         self._cached: list[list[Sequence[torch.Tensor]]] = [[()] * len(Kind) for _ in _SLOTS]
@@ -205,8 +211,7 @@ class Run:
         self._first_guided: int | None = None
         self._slot = 0  # from the gate on, where one branch goes on
         self._forecast = Forecast()
-        guides_on = self.schedule.after_gate == "guided" and self.steps.will_gate
-        self._held = HeldDifference(self.steps.scheduler) if guides_on else None
+        self._held = None
 
     def _follow(self) -> None:
         """Take over the generation's schedule, whose gate may have opened."""
@@ -268,3 +273,5 @@ class Run:
                     kept = self._cache.keep(kind, captured[kind], slot)
                 self._cached[slot][kind] = kept
                 self._cached_for[slot][kind] = (rows, *shape)
+                if last and not guided:  # what an earlier step kept of one of two branches is stale
+                    self._cached[_OWN][kind] = ()

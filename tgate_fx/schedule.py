@@ -80,6 +80,8 @@ class Schedule:
         object.__setattr__(self, "gate_step", checked_gate_step(self.gate_step))
         for name, least in (("sp_interval", 1), ("fi_interval", 1), ("warm_up", 0), ("forecast", 1)):
             object.__setattr__(self, name, checked_count(name, getattr(self, name), least=least))
+        if self.deep_interval is not None:
+            object.__setattr__(self, "deep_interval", checked_count("deep_interval", self.deep_interval, least=1))
         object.__setattr__(self, "cache_weight", checked_weight(self.cache_weight))
         if self.after_gate is not None and self.after_gate not in AFTER_GATE:
             raise ArgumentError(
@@ -100,6 +102,8 @@ class Schedule:
         if auto:
             why = "any step may be the last before the gate, for which all is computed"
             refuse_together(f"gate_step={self.gate_step!r}", (intervals, deepcache, guidance), why)
+            why = "the gate opens once guidance makes no difference"
+            refuse_together(f"gate_step={self.gate_step!r}", ((after_gate, self.after_gate == "both"),), why)
         if self.forecast > 1:
             why = "a step that is forecast captures nothing, and guidance would multiply its error"
             clashes = (f"fi_interval={self.fi_interval}", self.fi_interval > 1), (after_gate, self.after_gate == "both")
@@ -108,6 +112,11 @@ class Schedule:
             why = "where guidance ends the conditional branch goes on, for which alone nothing is cached"
             clash = after_gate, self.after_gate not in (None, "positive")
             refuse_together(guidance[0], (intervals, deepcache, clash), why)
+            gate = (
+                f"gate_step={self.gate_step!r}",
+                isinstance(self.gate_step, int) and self.gate_step <= self.guidance[0],
+            )
+            refuse_together(guidance[0], (gate,), "guidance ends at the gate, so that no step would have any")
         if self.deep_interval is not None:
             refuse_together("deepcache", (intervals,), "the deep branch is skipped whole")
 

@@ -137,14 +137,15 @@ def _shortest(schedule: Schedule) -> tuple[set[str], int, int | None]:
     """Return all phases of a schedule, the fewest steps, and the gate among them, with which they all run."""
     period = max(schedule.sp_interval, schedule.fi_interval, schedule.deep_interval or 1) + schedule.warm_up + 1
     share = isinstance(schedule.gate_step, (float, AutoGate))  # where it is will be known in a generation only
-    own = replace(schedule, gate_step=2 * period) if share else schedule
+    start, stop = schedule.guidance or (0, 0)
+    own = replace(schedule, gate_step=max(2 * period, stop + 2)) if share else schedule
     gate = own.gate_step if isinstance(own.gate_step, int) else 0
-    most = max(gate, *(own.guidance or (0,))) + 2 * period
+    most = max(gate, stop) + 2 * period
     wanted = _phases(own, most)
     return next(
         (wanted, steps, gate)
         for steps in range(1, most + 1)
-        for gate in ([None] if own.gate_step is None else range(1, steps))
+        for gate in ([None] if own.gate_step is None else range(start + 1, steps))
         if wanted <= _phases(replace(own, gate_step=gate), steps)
     )
 

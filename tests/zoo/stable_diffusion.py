@@ -58,9 +58,10 @@ def masked(**changes: Any) -> dict[str, Any]:
     return inputs(image=image(6), mask_image=mask(), height=16, width=16, strength=1.0, **changes)
 
 
-def boxed() -> dict[str, Any]:
+def boxed(beta: float = 1.0) -> dict[str, Any]:
+    """With boxes that count for this share of the steps."""
     given = worded(height=16, width=16, gligen_phrases=["dogs"], gligen_boxes=[[0.1, 0.1, 0.6, 0.6]])
-    return {**given, "gligen_scheduled_sampling_beta": 1.0}
+    return {**given, "gligen_scheduled_sampling_beta": beta}
 
 
 def painted() -> dict[str, Any]:
@@ -109,6 +110,12 @@ ENTRIES = [
         **{**UNET, "output": "rgb"},
     ),
     Entry(f"{NAME}GLIGENPipeline", gligen, boxed, **UNET),
+    Entry(
+        f"{NAME}GLIGENPipeline whose boxes count for a part of the steps",
+        gligen,
+        lambda: boxed(0.75),
+        **{**UNET, "graphs": 3},
+    ),
     Entry("PaintByExamplePipeline", paint_by_example, painted, **UNET),
     Entry(
         f"{LCM}Pipeline",

@@ -51,6 +51,9 @@ def check(path: Path, contents: Any) -> None:
         "weights_file": ("bytes, checksum and sha256 of a file", _is_file),
     }
     _require_all(path, "", contents, expected)
+    together = contents["deepcache"], contents["schedule"]["deep_interval"]
+    both = "a branch and an interval of the deep branch, or neither"
+    _require(path, "deepcache", together, both, lambda value: (value[0] is None) == (value[1] is None))
     packages = []
     for index, phase in enumerate(contents["phases"]):
         _check_phase(path, f"phases[{index}]", phase, contents["weights_file"]["bytes"])

@@ -145,8 +145,8 @@ class CompiledPhases(Phases):
         """Run one step, with every scale as an input of its graph; see `Phases`."""
         device = latents_of(inputs)[1].device
         inputs = self._lora_scales.settle(inputs, device)
-        self._image_scales.put(device)
         try:
+            self._image_scales.put(device)
             return self._run(step, cache, inputs)
         finally:
             self._image_scales.give_back()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +16,8 @@ from rich.progress import track
 from ..errors import ArgumentError, UnsupportedError
 from ..gated import gated_of
 from ..pipeline import disabled, report
-from .likeness import Likeness, likeness
+from .kept import Kept, described, described_pipeline
+from .likeness import likeness
 
 # What is tried by default: gates as shares of the steps, and what is kept after them.
 _GATES = (0.2, 0.3, 0.4, 0.6)
@@ -29,6 +29,7 @@ _RULES: tuple[dict[str, Any], ...] = (
     {"cache_weight": 1.0, "forecast": 3},
     {"cache_weight": 1.0, "after_gate": "guided", "forecast": 2},
 )
+_TRIES = 4  # at an image in which nothing is compiled
 _SMALLEST = 11  # pixels, which the structural similarity takes at once
 
 
@@ -76,8 +77,9 @@ class Tuning:
     @property
     def recommended(self) -> Trial:
         """The fastest setting at or above the floor; the ungated one if there is none."""
-        good = [each for each in self.trials if not each.refused and each.psnr >= self.psnr and each.ssim >= self.ssim]
-        return max(good, key=lambda each: each.speed_up)
+        ungated, *others = self.trials
+        good = [each for each in others if not each.refused and each.psnr >= self.psnr and each.ssim >= self.ssim]
+        return max((ungated, *good), key=lambda each: each.speed_up)
 
     def __str__(self) -> str:
         width = max(len(each.name) for each in self.trials)
@@ -130,16 +132,16 @@ def tune(
         StateError: the pipeline is not gated.
         UnsupportedError: torchmetrics is not installed, or the pipeline makes no images of 11×11 pixels or more.
     """
-    gated_of(pipe)
+    gated = gated_of(pipe)
     if isinstance(prompts, str) or not prompts:
         raise ArgumentError(f"prompts={prompts!r} has no prompt to generate: expected a list of at least one.")
     given = [{}, *(dict(each) for each in (_default_settings() if settings is None else settings))]
-    kept = _Kept(None if work is None else Path(work), {"prompts": list(prompts), "seed": seed, "call": repr(call)})
-    refused: dict[str, str] = {}
+    what = {"prompts": list(prompts), "seed": seed, "call": described(call), "pipeline": described_pipeline(gated)}
+    kept = Kept(None if work is None else Path(work), what)
     for index, prompt in enumerate(track(prompts, "tgate_fx: tuning", transient=True)):
-        _try_all(pipe, given, {**call, "prompt": prompt}, index, seed + index, kept, refused)
-    ungated = _trial({}, kept, refused, None)
-    trials = [_trial(setting, kept, refused, ungated.seconds) for setting in given[1:]]
+        _try_all(pipe, given, {**call, "prompt": prompt}, index, seed + index, kept)
+    ungated = _trial({}, kept, None)
+    trials = [_trial(setting, kept, ungated.seconds) for setting in given[1:]]
     return Tuning((ungated, *sorted(trials, key=lambda each: (each.refused is not None, each.seconds))), psnr, ssim)
 
 
@@ -153,38 +155,36 @@ def _try_all(
     call: dict[str, Any],
     index: int,
     seed: int,
-    kept: _Kept,
-    refused: dict[str, str],
+    kept: Kept,
 ) -> None:
-    """Generate one prompt with every setting in turns, the ungated one first; nothing twice."""
-    if all(_key(setting) in refused or kept.has(setting, index) for setting in settings):
+    """Generate one prompt with the settings that it was not yet, in turns, and ungated before them to compare with."""
+    missing = [setting for setting in settings if not kept.has(setting, index)]
+    if not missing:
         return
-    ungated: torch.Tensor | None = None
-    for setting in settings:
-        if _key(setting) in refused:
-            continue
+    if not kept.begun:
+        _generate(pipe, {}, call, seed)  # the first generation of a process takes longer
+        kept.begun = True
+    ungated, seconds = _generate(pipe, {}, call, seed)
+    for setting in missing:
         try:
-            images, seconds = _generate(pipe, setting, call, seed)
+            images, seconds = _generate(pipe, setting, call, seed) if setting else (ungated, seconds)
         except (ArgumentError, UnsupportedError) as error:
-            if not setting:
-                raise
-            refused[_key(setting)] = str(error)
+            kept.refuse(setting, str(error))
             continue
-        if ungated is None:
-            ungated = images
         kept.add(setting, index, seconds, likeness(images, ungated))
 
 
 def _generate(pipe: Any, setting: dict[str, Any], call: dict[str, Any], seed: int) -> tuple[torch.Tensor, float]:
-    """Return images [N, 3, H, W] in [0, 1], and the seconds they took, once nothing is left to compile."""
-    while True:
+    """Return images [N, 3, H, W] in [0, 1], and the seconds they took, once nothing is compiled any more."""
+    for _ in range(_TRIES):
         generator = torch.Generator().manual_seed(seed)
         started = time.perf_counter()
         with nullcontext() if setting else disabled(pipe):
             result = pipe(**call, **setting, generator=generator, output_type="np", return_dict=False)[0]
         seconds = time.perf_counter() - started
         if not any(step.compiled for step in report(pipe).steps):
-            return _as_images(result), seconds
+            break
+    return _as_images(result), seconds
 
 
 def _as_images(result: Any) -> torch.Tensor:
@@ -198,14 +198,11 @@ def _as_images(result: Any) -> torch.Tensor:
     return images.flatten(0, -4).movedim(-1, 1).float()
 
 
-def _key(setting: Mapping[str, Any]) -> str:
-    return json.dumps(setting, default=repr, sort_keys=True)
-
-
-def _trial(setting: dict[str, Any], kept: _Kept, refused: Mapping[str, str], ungated: float | None) -> Trial:
+def _trial(setting: dict[str, Any], kept: Kept, ungated: float | None) -> Trial:
     """Return what was measured of a setting, over all prompts."""
-    if _key(setting) in refused:
-        return Trial(setting, refused=refused[_key(setting)])
+    why = kept.refused(setting)
+    if why is not None:
+        return Trial(setting, refused=why)
     rows = kept.rows(setting)
     distances = [row["perceptual"] for row in rows if row["perceptual"] is not None]
     seconds = statistics.median(row["seconds"] for row in rows)
@@ -218,40 +215,3 @@ def _trial(setting: dict[str, Any], kept: _Kept, refused: Mapping[str, str], ung
         perceptual=statistics.fmean(distances) if distances else None,
         lowest_psnr=min(row["psnr"] for row in rows),
     )
-
-
-class _Kept:
-    """What was measured, by setting and prompt; in a file too, if there is a directory for it."""
-
-    def __init__(self, folder: Path | None, what: dict[str, Any]) -> None:
-        self._rows: dict[str, dict[int, dict[str, Any]]] = {}
-        self._file = None if folder is None else folder / "measured.jsonl"
-        if folder is None:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        described = folder / "what.json"
-        if described.exists() and json.loads(described.read_text()) != what:
-            raise ArgumentError(
-                f"work={str(folder)!r} has measurements of other prompts, seeds or arguments: expected those of this "
-                "call. Give another directory, or remove this one."
-            )
-        described.write_text(json.dumps(what))
-        if self._file is not None and self._file.exists():
-            for row in map(json.loads, self._file.read_text().splitlines()):
-                self._rows.setdefault(row["setting"], {})[row["prompt"]] = row
-
-    def has(self, setting: Mapping[str, Any], prompt: int) -> bool:
-        """Return whether this was measured before."""
-        return prompt in self._rows.get(_key(setting), {})
-
-    def rows(self, setting: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return what was measured of a setting, a row for each prompt."""
-        return list(self._rows[_key(setting)].values())
-
-    def add(self, setting: Mapping[str, Any], prompt: int, seconds: float, like: Likeness) -> None:
-        """Keep what was measured."""
-        row = {"setting": _key(setting), "prompt": prompt, "seconds": seconds, **like._asdict()}
-        self._rows.setdefault(row["setting"], {})[prompt] = row
-        if self._file is not None:
-            with self._file.open("a") as file:
-                file.write(json.dumps(row) + "\n")
