@@ -337,7 +337,7 @@ def test_a_loop_of_ones_own_is_checked_too() -> None:
         generate(pipe)
 
 
-@pytest.mark.parametrize("window", [(0, 5), (2, 5)])
+@pytest.mark.parametrize("window", tiny.slow_but((), [(0, 5), (2, 5)]))
 def test_a_share_and_a_window_are_warmed_up(window: tuple[int, int], backend: CountingBackend) -> None:
     pipe = tgate_fx.compile(tiny.make("sd-small"), 0.8, guidance=window, backend=backend)
     tgate_fx.warmup(pipe, height=16, width=16)

@@ -90,8 +90,8 @@ class Network:
             )
         if schedule.guidance is not None and any(type(each).__name__ in _WITH_ROWS for each in self.module.modules()):
             raise UnsupportedError(
-                f"guidance={schedule.guidance} was given with an IP-Adapter for faces (FaceID Plus), whose module keeps "
-                "an image's features for both branches: expected guidance at every step. Leave guidance out."
+                f"guidance={schedule.guidance} was given with an IP-Adapter for faces (FaceID Plus), whose module "
+                "keeps an image's features for both branches: expected guidance at every step. Leave guidance out."
             )
         if schedule.caches_self_attention and Kind.SELF_ATTENTION not in self._kinds:
             raise UnsupportedError(
