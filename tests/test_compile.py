@@ -72,7 +72,7 @@ def test_two_graphs_serve_three_generations_exactly_and_the_second_knows_no_text
     assert len([name for name in post if "cache" in name]) == len(tgate_fx.sites(pipe))
 
 
-@pytest.mark.parametrize("after_gate", ["positive", "both"])
+@pytest.mark.parametrize("after_gate", tiny.slow_but(("positive",), ("positive", "both")))
 def test_other_branches_need_two_graphs_too(after_gate: str, backend: CountingBackend) -> None:
     pipe = compiled("sdxl-small", backend, after_gate=after_gate)
     eager = tgate_fx.gate(tiny.make("sdxl-small"), gate_step=2, after_gate=after_gate)

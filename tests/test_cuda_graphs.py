@@ -24,7 +24,7 @@ EVERY = [
         pytest.param(family, {}, marks=pytest.mark.slow if family not in _FIRST else ())
         for family in ("sd-small", "sd-lcm", "sdxl-small", "pixart-alpha", "svd")
     ],
-    ("sdxl-small", {"after_gate": "both"}),
+    pytest.param("sdxl-small", {"after_gate": "both"}, marks=pytest.mark.slow),
     *[
         pytest.param(*setting, marks=pytest.mark.slow)
         for setting in (

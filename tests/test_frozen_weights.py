@@ -289,6 +289,7 @@ def test_a_denoiser_with_unreadable_weights_is_refused_before_compiling(
     assert torch.equal(tiny.latents(pipe, **kwargs), plain)
 
 
+@pytest.mark.slow
 def test_weights_that_change_before_the_first_step_are_noticed(freezing: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs that hold weights are checked where they are used: a call may change weights before its loop begins."""
     pipe = tgate_fx.compile(tiny.make("sd-small"), gate_step=2, backend=freezing)

@@ -219,6 +219,7 @@ def test_global_hooks_are_refused_by_compiled_phases(backend: CountingBackend) -
     assert torch.equal(tiny.latents(pipe, **KWARGS), expected)
 
 
+@pytest.mark.slow
 def test_a_hook_that_is_registered_later_is_seen(backend: CountingBackend) -> None:
     pipe, eager = tgate_fx.compile(tiny.make("sd-small"), 2, backend=backend), tgate_fx.gate(tiny.make("sd-small"), 2)
     before = tiny.latents(pipe, **KWARGS)

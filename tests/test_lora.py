@@ -83,7 +83,7 @@ def test_every_event_is_exact(how: str) -> None:
     assert relative_error(results[-1], before) < 1e-5  # fusing and unfusing rounds
 
 
-@pytest.mark.parametrize("regional", tiny.slow_but((False,), (False, True)))
+@pytest.mark.parametrize("regional", tiny.slow_but((), (False, True)))
 def test_no_weight_of_an_adapter_takes_a_graph(regional: bool, backend: CountingBackend) -> None:
     pipe, eager = tiny.make("sd-small"), tiny.make("sd-small")
     for each in (pipe, eager):

@@ -76,6 +76,7 @@ def test_outputs_have_their_dtype_and_memory_of_their_own(dtype: torch.dtype, to
     assert all(torch.equal(got, wanted) for got, wanted in zip(run(strided), first, strict=True))
 
 
+@pytest.mark.slow
 def test_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     for settings in ({"mode": "max-autotune"}, {"dynamic": True}, {"regional": True}):
         with pytest.raises(tgate_fx.UnsupportedError, match=says(*settings, "whole phases of one shape")):

@@ -279,6 +279,7 @@ def test_without_the_file_of_its_hook_inductor_chooses_too(take: Take) -> None:
         pass
 
 
+@pytest.mark.slow
 @blocks_share_graphs
 def test_without_a_guards_value_blocks_compile_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert private.guarded_value(SimpleNamespace()) is None

@@ -339,17 +339,24 @@ def test_an_input_whose_rows_do_not_follow_the_batch(rows: int) -> None:
     with pytest.raises(
         tgate_fx.UnsupportedError, match=says("given text", f"[{rows}, 2] beside 4 rows", "a multiple", "after_gate=")
     ):
-        Rows(frozenset(given)).half(given, 4, second=True)
+        Rows(frozenset(given)).half(given, 4, second=True, gated=False)
 
 
 def test_rows_of_a_branch() -> None:
     frames = torch.arange(8.0)
     given = {"sample": torch.zeros(4), "frames": (frames,), "text": torch.zeros(1), "timestep": torch.zeros(1)}
-    half = Rows(frozenset(("sample", "frames", "text"))).half(given, 4, second=True)
+    half = Rows(frozenset(("sample", "frames", "text"))).half(given, 4, second=True, gated=False)
     assert half["sample"].shape == (2,)
     assert torch.equal(half["frames"][0], frames[4:])  # a multiple of the rows
     assert half["text"] is given["text"]  # one row serves all
     assert half["timestep"] is given["timestep"]
+
+
+def test_lists_that_only_cross_attention_reads_are_left_whole_where_it_is_cached() -> None:
+    images = [torch.arange(4.0)]
+    rows = Rows(frozenset(("images",)), only_attended=frozenset(("images",)))
+    assert rows.half({"images": images}, 4, second=True, gated=True)["images"] is images
+    assert torch.equal(rows.half({"images": images}, 4, second=True, gated=False)["images"][0], images[0][2:])
 
 
 def test_an_input_whose_rows_are_unknown(pipe: Any) -> None:

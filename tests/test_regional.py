@@ -55,6 +55,7 @@ def test_blocks_that_are_alike_share_a_graph(backend: CountingBackend) -> None:
     assert not [name for name in names if "attn2" in name]
 
 
+@pytest.mark.slow
 def test_a_pipeline_that_shares_the_denoiser_is_compiled_whole(backend: CountingBackend) -> None:
     """Regions are there for both pipelines, and used by one."""
     first, eager = tiny.make("sd-small"), tgate_fx.gate(tiny.make("sd-small"), gate_step=2)

@@ -308,7 +308,7 @@ def graph_names(graph: torch.fx.GraphModule) -> str:
         pytest.param("sd-small", names(SETTINGS[0]), 3, marks=pytest.mark.slow),
         pytest.param("sd-small", names(SETTINGS[3]), 3, marks=pytest.mark.slow),
         pytest.param("sdxl-small", names(SETTINGS[0]), 3, marks=pytest.mark.slow),
-        ("pixart-alpha", names(SETTINGS[2]), 4),
+        pytest.param("pixart-alpha", names(SETTINGS[2]), 4, marks=pytest.mark.slow),
         pytest.param("pixart-sigma", names(SETTINGS[1]), 3, marks=pytest.mark.slow),
         pytest.param("sd-small", {"gate_step": 6, "deepcache": tgate_fx.DeepCache(3, 0)}, 4, marks=pytest.mark.slow),
         pytest.param("sd", {"gate_step": None, "deepcache": tgate_fx.DeepCache(3, 1)}, 2, marks=pytest.mark.slow),
@@ -355,6 +355,7 @@ def test_a_shallow_graph_has_nothing_of_the_deep_branch(backend: CountingBackend
     assert "attn2" not in post_shallow
 
 
+@pytest.mark.slow
 def test_a_reusing_graph_has_no_self_attention(backend: CountingBackend) -> None:
     pipe = tgate_fx.compile(tiny.make("sd-small"), 4, sp_interval=2, fi_interval=2, backend=backend)
     final(pipe, **tiny.inputs("sd"), num_inference_steps=8)
