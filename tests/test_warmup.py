@@ -40,7 +40,7 @@ def test_nothing_is_compiled_afterwards(family: str, settings: dict[str, Any], b
 
 
 @pytest.mark.parametrize(
-    "family", tiny.slow_but(("sd-inpaint-small",), ("sd-inpaint-small", "sd-img2img-small", "lcm-img2img"))
+    "family", tiny.slow_but(("sd-inpaint-small",), ("sd-inpaint-small", "sd-img2img-small"))
 )
 def test_as_many_steps_as_a_low_strength_takes(family: str, backend: CountingBackend) -> None:
     pipe = tgate_fx.compile(tiny.make(family), gate_step=3, backend=backend)
