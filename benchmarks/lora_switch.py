@@ -39,7 +39,9 @@ def lora(seed: int) -> dict[str, torch.Tensor]:
     torch.manual_seed(seed)
     config = peft.LoraConfig(r=RANK, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False)
     unet.add_adapter(config, "a")
-    return {f"unet.{name}": 0.1 * value for name, value in peft.get_peft_model_state_dict(unet, "a").items()}
+    return {
+        f"unet.{name}": 0.1 * value for name, value in peft.get_peft_model_state_dict(unet, adapter_name="a").items()
+    }
 
 
 def measure(settings: dict[str, Any] | None, weights: list[dict[str, torch.Tensor]], switches: int) -> dict[str, Any]:

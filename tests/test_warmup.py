@@ -39,9 +39,7 @@ def test_nothing_is_compiled_afterwards(family: str, settings: dict[str, Any], b
         tiny.latents(pipe, **kwargs, num_inference_steps=25)
 
 
-@pytest.mark.parametrize(
-    "family", tiny.slow_but(("sd-inpaint-small",), ("sd-inpaint-small", "sd-img2img-small"))
-)
+@pytest.mark.parametrize("family", tiny.slow_but(("sd-inpaint-small",), ("sd-inpaint-small", "sd-img2img-small")))
 def test_as_many_steps_as_a_low_strength_takes(family: str, backend: CountingBackend) -> None:
     pipe = tgate_fx.compile(tiny.make(family), gate_step=3, backend=backend)
     report = tgate_fx.warmup(pipe, **{**tiny.inputs(family), "strength": 0.1})
