@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .errors import ArgumentError, checked_count
-from .inputs import map_tensors
+from .inputs import tensors_in
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Watch:
 
     def note(self, index: int, conditional: Any, unconditional: Any) -> None:
         """Compare both branches' outputs at the step with this index; does not wait for the device."""
-        one, other = (_first_tensor(output).flatten(1).float() for output in (conditional, unconditional))
+        one, other = (tensors_in(output)[0].flatten(1).float() for output in (conditional, unconditional))
         similarity = torch.nn.functional.cosine_similarity(one, other).amin()
         if similarity.device.type != "cuda":
             self._seen.append((index, similarity, None))
@@ -93,9 +93,3 @@ class Watch:
                     return True
         self._seen = [each for each in self._seen if each[0] + (each[2] is not None) >= index]
         return self._rule.latest is not None and index >= self._rule.latest
-
-
-def _first_tensor(output: Any) -> torch.Tensor:
-    tensors: list[torch.Tensor] = []
-    map_tensors(tensors.append, output)
-    return tensors[0]

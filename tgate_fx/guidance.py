@@ -183,16 +183,12 @@ class GuidanceForm(abc.ABC):
         """
 
     @abc.abstractmethod
-    def conditional(self, captured: Sequence[torch.Tensor], first: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        """Return what the conditional branch captured, of such a call and the first one; ask before they are merged."""
-
-    @abc.abstractmethod
-    def pair(self, output: Any, first: Any) -> tuple[Any, Any]:
-        """Return the conditional branch's output and the other's, after such a call.
+    def pair(self, result: Any, first: Any) -> tuple[Any, Any]:
+        """Return what the conditional branch gave and what the other one did, after such a call, before it is merged.
 
         Args:
-            output: of this call.
-            first: of the first call of the step, which may be this one.
+            result: the output of this call, or what it captured.
+            first: the same of the first call of the step, which may be this one.
         """
 
     @abc.abstractmethod

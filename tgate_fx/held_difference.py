@@ -1,9 +1,9 @@
 """Guidance after the gate by what the branches differed in before it, held constant as noise.
 
 A model that predicts the velocity v, or a flow, predicts noise times a number that depends on the step: from the last
-full step to a later one its difference changes by the ratio of these. At a given
-x, v = α ε − σ x₀ of x = α x₀ + σ ε (Salimans and Ho, arXiv:2202.00512) means Δε = α Δv; the flow ε − x₀ of
-x = (1 − σ) x₀ + σ ε (Lipman et al., arXiv:2210.02747) means Δε = (1 − σ) Δflow.
+full step to a later one its difference changes by the ratio of these. At a given x, v = α ε − σ x₀ of x = α x₀ + σ ε
+(Salimans and Ho, arXiv:2202.00512) means Δε = α Δv; the flow ε − x₀ of x = (1 − σ) x₀ + σ ε (Lipman et al.,
+arXiv:2210.02747) means Δε = (1 − σ) Δflow.
 """
 
 from __future__ import annotations

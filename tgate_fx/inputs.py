@@ -104,11 +104,16 @@ def map_tensors(function: Callable[[torch.Tensor], Any], value: Any) -> Any:
     return value
 
 
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """Return every tensor in dicts, lists and tuples, in the order of `map_tensors`."""
+    found: list[torch.Tensor] = []
+    map_tensors(found.append, value)
+    return found
+
+
 def map_both(function: Callable[[torch.Tensor, torch.Tensor], Any], value: Any, other: Any) -> Any:
     """Return the first of two values of one form with ``function`` of every tensor in it and the second's."""
-    others: list[torch.Tensor] = []
-    map_tensors(others.append, other)
-    following = iter(others)
+    following = iter(tensors_in(other))
     return map_tensors(lambda tensor: function(tensor, next(following)), value)
 
 

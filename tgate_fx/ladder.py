@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import statistics
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -69,9 +70,7 @@ def _rungs(gated: Gated) -> tuple[Rung, ...]:
 
     # A step that was forecast is, on the rungs before that, another like the last one that was computed.
     computed = [step for step in steps if step.calls]
-    steps = tuple(
-        max((one for one in computed if one.index <= step.index), key=lambda one: one.index) for step in steps
-    )
+    steps = tuple(itertools.accumulate(steps, lambda last, step: step if step.calls else last))
     by_phase = {(name, each.name): each.roles for name, run in runs.items() for each in run.examples.values()}
     wholes = {name: max((step for step in steps if step.network == name), key=lambda step: step.batch) for name in runs}
 

@@ -55,14 +55,10 @@ class OneBatch(GuidanceForm):
         """Keep a blend of both halves."""
         return cache.keep_blend(kind, [self._branches(tensor) for tensor in captured], self._weight)
 
-    def conditional(self, captured: Sequence[torch.Tensor], first: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        """Return the conditional half of each."""
-        return [self._branches(tensor)[1] for tensor in captured]
-
-    def pair(self, output: Any, first: Any) -> tuple[Any, Any]:
+    def pair(self, result: Any, first: Any) -> tuple[Any, Any]:
         """Return both halves."""
-        conditional = map_tensors(lambda tensor: self._branches(tensor)[1], output)
-        return conditional, map_tensors(lambda tensor: self._branches(tensor)[0], output)
+        conditional = map_tensors(lambda tensor: self._branches(tensor)[1], result)
+        return conditional, map_tensors(lambda tensor: self._branches(tensor)[0], result)
 
     def give_back(self, output: Any, difference: Any) -> tuple[Any, ...]:
         """Return the output once for each branch, as one batch."""

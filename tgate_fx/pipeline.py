@@ -69,12 +69,11 @@ def gate(
         after_gate: which guidance branch goes on after the gate. "negative" or "positive": that branch alone; they
             differ only where the conditioning reaches the denoiser in another way than by cross-attention, as in SDXL.
             "guided": the conditional branch alone, and guidance goes on with the difference of the branches at the last
-            step before the gate, held constant as noise (see `tgate_fx.held_difference`), which for a flow
-            must not be the first of all. "both": the whole batch with
-            a cache for each branch, and guidance goes on. None is upstream's rule where it has one ("positive" for
-            Stable Video Diffusion, "negative" for other Stable Diffusion and PixArt), "positive" for all others, and
-            with ``cache_weight=1.0``. Where the other branch has zeros in place of control (``guess_mode``, GLIGEN's
-            boxes), "positive" goes on in place of "negative".
+            step before the gate, held constant as noise (see `tgate_fx.held_difference`), which for a flow must not be
+            the first of all. "both": the whole batch with a cache for each branch, and guidance goes on. None is
+            upstream's rule where it has one ("positive" for Stable Video Diffusion, "negative" for other Stable
+            Diffusion and PixArt), "positive" for all others, and with ``cache_weight=1.0``. Where the other branch has
+            zeros in place of control (``guess_mode``, GLIGEN's boxes), "positive" goes on in place of "negative".
         cache_weight: what is cached where one branch goes on: ``lerp(unconditional, conditional, cache_weight)`` of the
             branches' outputs, from 0 to 1. 0.5 is T-GATE's mean; 1.0, the conditional branch's own, keeps more of the
             prompt at early gates. It changes no graph.
@@ -133,8 +132,8 @@ def compile(
     ``deepcache`` one more for each phase.
 
     Args:
-        pipe, gate_step, sp_interval, fi_interval, warm_up, deepcache, after_gate, cache_weight, forecast,
-            guidance, gate_companions: as for `gate`.
+        pipe, gate_step, sp_interval, fi_interval, warm_up, deepcache, after_gate, cache_weight, forecast, guidance,
+            gate_companions: as for `gate`.
         backend, mode, options: handed on to torch.compile. With inductor on a CPU, ``options["freezing"]`` is on unless
             ``mode`` is given or ``options={"freezing": False}``: it packs the weights for this CPU, and is what makes
             inductor faster than eager there. Each phase then keeps its own copy of the weights; weights that change

@@ -58,6 +58,9 @@ class Run:
         branch_sliced: whether the call that ran last saw one guidance branch only.
     """
 
+    _held: HeldDifference | None = None
+    _first_output: Any = None  # of the last full step
+
     def __init__(self, gated: GatedNetwork, steps: Steps) -> None:
         self.network = gated.network
         self.phases = gated.phases
@@ -68,13 +71,8 @@ class Run:
         self._guidance = family.guidance(self.network.module, family.rows, own.branch, own.cache_weight)
         self.loop = 0
         self._answers: tuple[Any, ...] = ()
-        self._follows = steps.schedule
-        self._begun_at = 0
         self.schedule = self.own_schedule(steps.schedule)
         self.examples: dict[str, Example] = {}
-        self._forecast = Forecast()
-        self._held: HeldDifference | None = None
-        self._first_output: Any = None  # of the last full step
         self.device: torch.device | None = None
         self.branch_sliced = False
 
@@ -99,13 +97,13 @@ class Run:
             self._verify(index, call, inputs, latents)
             if not step.gated:
                 self._check_rows(latents.shape[0])
-        one_branch = self._has_one_branch(step)
-        if one_branch and call:
+        if step.one_branch and call:
             return self._answers[-1]
         if guided and self._held is None and self.schedule.after_gate == "guided" and self.steps.will_gate:
             self._held = HeldDifference(self.steps.scheduler)
-        difference = self._held.at(inputs.get("timestep")) if self._held and one_branch and guided else None
-        self.branch_sliced = one_branch and guided and difference is None
+        sliced = step.one_branch and guided
+        difference = self._held.at(inputs.get("timestep")) if self._held and sliced else None
+        self.branch_sliced = sliced and difference is None
         started = self.steps.clock.start(latents.device)
         graphs, rows = self.phases.graphs, 0
         if self.computes(step):
@@ -114,7 +112,7 @@ class Run:
                 self._forecast.add(index, output)
         else:
             output = self.forecast_at(index)
-        if one_branch:
+        if step.one_branch:
             self._answers = self._guidance.give_back(output, difference) if guided else (output,)
             output = self._answers[0]
         self.note(started, step.phase, rows, self.phases.graphs - graphs)
@@ -124,15 +122,14 @@ class Run:
         """Run the phase of a step on the rows that it has; return its output, and how many these are."""
         latents = latents_of(inputs)[1]
         rows = latents.shape[0]
-        one_branch = self._has_one_branch(step)
-        sliced = one_branch and guided
+        sliced = step.one_branch and guided
         if sliced:
             inputs = self._guidance.one_branch(inputs, rows, gated=step.gated)
             rows = self._guidance.rows_kept(rows)
-        at_the_gate = one_branch and self.steps.index == self.schedule.gate_step
+        at_the_gate = step.one_branch and self.steps.index == self.schedule.gate_step
         if at_the_gate and not guided and self._cached[_OWN][Kind.CROSS_ATTENTION]:
             self._slot = _OWN
-        slot = self._slot if one_branch else min(call, _OWN)
+        slot = self._slot if step.one_branch else min(call, _OWN)
         cache = self._cache_for(step, slot, (rows, *latents.shape[1:]))
         if step.phase not in self.examples:
             self.examples[step.phase] = example(step, cache, inputs)
@@ -159,10 +156,6 @@ class Run:
         """Let the gate see how much alike the branches' outputs are, if it opens by that."""
         if self.steps.watch is not None:
             self.steps.watch.note(self.steps.index, conditional, unconditional)
-
-    def _has_one_branch(self, step: Step) -> bool:
-        """Return whether a step has one guidance branch only."""
-        return (step.gated and self.schedule.one_branch) or not step.guided
 
     def computes(self, step: Step) -> bool:
         """Return whether the network runs at this step."""
@@ -264,7 +257,7 @@ class Run:
                 if merges:
                     first = self._cached[0][kind]
                     if self.steps.calls_back:
-                        own = self._guidance.conditional(captured[kind], first)
+                        own, _ = self._guidance.pair(captured[kind], first)
                         self._cached[_OWN][kind] = self._cache.keep(kind, own, _OWN)
                         self._cached_for[_OWN][kind] = (rows, *shape)
                     slot = 0

@@ -29,7 +29,7 @@ class Step(NamedTuple):
         keep: for each kind of site, whether what it captures is kept for later steps.
         gated: whether it is after the gate.
         computed: whether the denoiser runs at all: at the other steps its output is forecast.
-        guided: whether the schedule leaves guidance as it is; else the conditional branch alone is computed.
+        one_branch: whether one guidance branch alone is computed: after the gate, or where there is to be no guidance.
     """
 
     phase: str
@@ -37,7 +37,7 @@ class Step(NamedTuple):
     keep: tuple[bool, bool, bool]
     gated: bool
     computed: bool = True
-    guided: bool = True
+    one_branch: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,12 +94,11 @@ class Schedule:
 
     def _check_together(self) -> None:
         """Raise `ArgumentError` if two of the settings do not go together."""
-        auto = isinstance(self.gate_step, AutoGate)
         intervals = f"sp_interval={self.sp_interval} and fi_interval={self.fi_interval}", self.caches_self_attention
         deepcache = "deepcache", self.deep_interval is not None
         guidance = f"guidance={self.guidance}", self.guidance is not None
         after_gate = f"after_gate={self.after_gate!r}"
-        if auto:
+        if isinstance(self.gate_step, AutoGate):
             why = "any step may be the last before the gate, for which all is computed"
             refuse_together(f"gate_step={self.gate_step!r}", (intervals, deepcache, guidance), why)
             why = "the gate opens once guidance makes no difference"
@@ -215,7 +214,8 @@ def _step(schedule: Schedule, index: int) -> Step:
         phase = "forecast"
     elif not (guided or gated):
         phase += ", unguided"
-    return Step(phase, roles, (keep[0], keep[1], keep[2]), gated, computed, guided)
+    one_branch = not guided or (gated and schedule.one_branch)
+    return Step(phase, roles, (keep[0], keep[1], keep[2]), gated, computed, one_branch)
 
 
 def _is_gated(schedule: Schedule, index: int) -> bool:

@@ -78,13 +78,9 @@ class SeparateCalls(GuidanceForm):
             blend(tensor, buffer, self._weight, buffer)
         return first
 
-    def conditional(self, captured: Sequence[torch.Tensor], first: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        """Return the first call's."""
-        return first
-
-    def pair(self, output: Any, first: Any) -> tuple[Any, Any]:
+    def pair(self, result: Any, first: Any) -> tuple[Any, Any]:
         """Return the first call's and this one's."""
-        return first, output
+        return first, result
 
     def give_back(self, output: Any, difference: Any) -> tuple[Any, ...]:
         """Return the output for the first call, and for the second one."""

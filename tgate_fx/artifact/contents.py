@@ -25,6 +25,9 @@ from ..schedule import Schedule
 _PACKED = ("float32", "bfloat16", "float16")
 _DEVICES = ("cpu", "cuda", "mps", "xpu")
 _MOST_DIMENSIONS = 16
+_PACKAGE = re.compile(r"[0-9]{1,4}\.pt2")
+_CHECKSUM = re.compile(r"-?[0-9a-f]{1,17}-[0-9a-f]{0,14}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 Check = Callable[[Any], bool]
 
@@ -84,11 +87,6 @@ def _check_phase(path: Path, name: str, phase: Any, file_size: int) -> None:
         _require(
             path, place, entry, "a place within the file, a shape and a dtype", lambda each: _is_entry(each, file_size)
         )
-
-
-_PACKAGE = re.compile(r"[0-9]{1,4}\.pt2")
-_CHECKSUM = re.compile(r"-?[0-9a-f]{1,17}-[0-9a-f]{0,14}")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def _require_all(path: Path, prefix: str, found: dict[str, Any], expected: Mapping[str, tuple[str, Check]]) -> None:

@@ -70,12 +70,13 @@ def read(path: Path, digest: str | None) -> dict[str, Any]:
     if found != _FORMAT:
         raise StateError(f"The artifact at {path} has format {found}: expected {_FORMAT}. Save it again.")
     contents: dict[str, Any] = manifest.get("contents", {})
-    if digest is not None and _digest(contents) != digest:
+    digest_of_contents = _digest(contents)
+    if digest is not None and digest_of_contents != digest:
         raise StateError(
-            f"The artifact at {path} has the digest {_digest(contents)}: expected {digest}, which was given. Load the "
+            f"The artifact at {path} has the digest {digest_of_contents}: expected {digest}, which was given. Load the "
             "one that this digest is of."
         )
-    if _digest(contents) != manifest.get("digest"):
+    if digest_of_contents != manifest.get("digest"):
         raise StateError(
             f"{path / _FILE} is not as it was written: expected what tgate_fx.save wrote, unchanged. Copy it "
             "again, or save it again."

@@ -12,7 +12,7 @@ from torch import nn
 from ..compiled.frozen_weights import FrozenWeights
 from ..compiled.guard_policy import check_no_global_hooks, runs_only_known_code
 from ..errors import StateError
-from ..inputs import canonical, latents_of, map_tensors
+from ..inputs import canonical, latents_of, tensors_in
 from ..phase_graph import DENOISER
 from ..phases import Phases
 from ..roles import Roles
@@ -184,9 +184,7 @@ def sorted_by_name(inputs: Inputs) -> dict[str, Any]:
 
 def _tensors(cache: Cache, inputs: Inputs) -> list[torch.Tensor]:
     """Return the tensors that a package is run with."""
-    found: list[torch.Tensor] = []
-    map_tensors(found.append, (*map(tuple, cache), sorted_by_name(inputs)))
-    return found
+    return tensors_in((*map(tuple, cache), sorted_by_name(inputs)))
 
 
 def signature_of(cache: Cache, inputs: Inputs) -> dict[str, str]:

@@ -7,6 +7,7 @@ once for all phases, which compute from the file's pages; processes that map the
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Collection, Mapping
@@ -31,7 +32,7 @@ class WeightsWriter:
     def __init__(self, file: BinaryIO, left_out: Collection[str]) -> None:
         self._file = file
         self._left_out = left_out
-        self._offsets: dict[bytes, int] = {}
+        self._written: dict[bytes, tuple[int, int]] = {}  # by digest: where in the file, and the checksum
 
     def write(self, constants: Constants) -> dict[str, Entry]:
         """Write what is not in the file yet; return where each is."""
@@ -44,12 +45,14 @@ class WeightsWriter:
     def _entry(self, storage_owner: torch.Tensor, view: torch.Tensor) -> Entry:
         data = _bytes(storage_owner)
         digest = hashlib.sha256(data).digest()
-        if digest not in self._offsets:
+        if digest not in self._written:
             self._file.write(b"\0" * (-self._file.tell() % _ALIGNMENT))
-            self._offsets[digest] = self._file.tell()
+            bits = checksum(torch.frombuffer(data, dtype=torch.uint8)) if data.nbytes else 0
+            self._written[digest] = self._file.tell(), bits
             self._file.write(data)
+        file_offset, bits = self._written[digest]
         entry = {
-            "file_offset": self._offsets[digest],
+            "file_offset": file_offset,
             "bytes": data.nbytes,
             "dtype": str(view.dtype).removeprefix("torch."),
             "device": view.device.type,
@@ -58,12 +61,7 @@ class WeightsWriter:
             "offset": view.storage_offset(),
             "packed": private.packing_of(view) if view.is_mkldnn else None,
         }
-        flat = (
-            torch.frombuffer(data, dtype=torch.uint8)
-            if data.nbytes
-            else torch.empty(0, dtype=torch.uint8, device="cpu")
-        )
-        return {**entry, "checksum": _checksum(flat, entry)}
+        return {**entry, "checksum": _seal(bits, entry)}
 
 
 def mapped(path: Path, phases: list[dict[str, Entry]]) -> list[dict[str, torch.Tensor]]:
@@ -73,10 +71,15 @@ def mapped(path: Path, phases: list[dict[str, Entry]]) -> list[dict[str, torch.T
         StateError: an entry does not say what is there.
     """
     file = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8, device="cpu")
+
+    @functools.cache  # phases share most of them
+    def bits(start: int, size: int) -> int:
+        return checksum(file[start : start + size])
+
     for entries in phases:
         for name, entry in entries.items():
             said = {key: value for key, value in entry.items() if key != "checksum"}
-            if _checksum(file[entry["file_offset"] : entry["file_offset"] + entry["bytes"]], said) != entry["checksum"]:
+            if _seal(bits(entry["file_offset"], entry["bytes"]), said) != entry["checksum"]:
                 raise StateError(
                     f"{path} does not have the weight {name} where the manifest says: expected what tgate_fx.save "
                     "wrote. Copy the artifact again, or save it again."
@@ -84,10 +87,10 @@ def mapped(path: Path, phases: list[dict[str, Entry]]) -> list[dict[str, torch.T
     return [{name: _tensor(file, entry) for name, entry in entries.items()} for entries in phases]
 
 
-def _checksum(data: torch.Tensor, said: Mapping[str, Any]) -> str:
-    """Return a checksum of a weight's bytes, and of what is said of them."""
+def _seal(bits: int, said: Mapping[str, Any]) -> str:
+    """Return the checksum of a weight's bytes and one of what is said of them."""
     digest = hashlib.sha256(json.dumps(dict(said), sort_keys=True).encode()).hexdigest()
-    return f"{checksum(data):x}-{digest[:16]}"
+    return f"{bits:x}-{digest[:16]}"
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..compiled.openvino import compile_function
-from ..inputs import map_tensors
+from ..inputs import map_tensors, tensors_in
 
 
 def convert(denoiser: nn.Module, dtype: torch.dtype) -> None:
@@ -19,8 +19,7 @@ def convert(denoiser: nn.Module, dtype: torch.dtype) -> None:
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         nonlocal compiled
-        tensors: list[torch.Tensor] = []
-        map_tensors(tensors.append, (args, kwargs))
+        tensors = tensors_in((args, kwargs))
         if compiled is None:
             compiled = compile_function(_OfTensors(plain, args, kwargs), tensors, dtype, {})
         return compiled(*tensors)

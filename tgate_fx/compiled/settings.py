@@ -30,8 +30,8 @@ class CompileSettings:
 
     On a CPU, inductor's ``freezing`` is on unless ``mode`` or ``options["freezing"]`` says otherwise: it packs the
     weights for the CPU's kernels, and without it inductor is no faster than eager there. It is off for a denoiser with
-    quantized weights. ``backend="openvino"`` is
-    `tgate_fx.compiled.openvino`, which always holds the weights; its ``options`` are properties of OpenVINO's.
+    quantized weights. ``backend="openvino"`` is `tgate_fx.compiled.openvino`, which always holds the weights; its
+    ``options`` are properties of OpenVINO's.
     """
 
     backend: str | Callable[..., Any] = "inductor"

@@ -84,8 +84,7 @@ def step_costs(generation: Generation) -> list[Cost]:
         if not step.computed:
             costs.append(Cost(0, 0))
             continue
-        one_branch = (step.gated and schedule.one_branch) or not step.guided
-        branches = 2 if generation.guided and not one_branch else 1
+        branches = 2 if generation.guided and not step.one_branch else 1
         calls = min(branches, calls_of_a_step(generation.arch))
         cost = phase_cost(generation.arch, step.roles, generation.branch, branches // calls, generation.size)
         costs.append(cost.times(calls))

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import track
 
 from ..errors import ArgumentError, UnsupportedError
 from ..gated import gated_of
@@ -121,7 +120,7 @@ def tune(
             that goes on, and forecasts.
         psnr, ssim: the floor that the recommended setting reaches on average, in dB and from 0 to 1.
         seed: of the first image; the following ones have the numbers after it.
-        work: a directory to keep images and measurements in, from which a call with the same arguments goes on.
+        work: a directory to keep measurements in, from which a call with the same arguments goes on.
         call: what the pipeline's call needs besides, such as ``num_inference_steps``.
 
     Returns:
@@ -132,6 +131,8 @@ def tune(
         StateError: the pipeline is not gated.
         UnsupportedError: torchmetrics is not installed, or the pipeline makes no images of 11×11 pixels or more.
     """
+    from rich.progress import track  # takes a tenth of a second to import
+
     gated = gated_of(pipe)
     if isinstance(prompts, str) or not prompts:
         raise ArgumentError(f"prompts={prompts!r} has no prompt to generate: expected a list of at least one.")
