@@ -210,15 +210,9 @@ def gated(
             noise.
     """
     position = {"calls": -1}
-    half = (
-        {"batch": ("negative", "positive"), "reversed": ("positive", "negative")}.get(form, ()).index(keep)
-        if form
-        in (
-            "batch",
-            "reversed",
-        )
-        else 0
-    )
+    # From the order of the branches to unconditional, conditional, and back.
+    ordered = slice(None, None, -1 if form == "reversed" else 1)
+    half = ("negative", "positive")[ordered].index(keep) if form in ("batch", "reversed") else 0
     handles = []
     for network in networks:
 
@@ -240,7 +234,7 @@ def gated(
                     return output
                 kept = network.kept[name, 0]
                 if form in ("batch", "reversed"):
-                    return torch.cat([blended(*kept.chunk(2)[:: 1 if form == "batch" else -1], weight)] * 2)
+                    return torch.cat([blended(*kept.chunk(2)[ordered], weight)] * 2)
                 return blended(network.kept[name, 1], kept, weight) if calls == 2 else kept
 
             return hook
@@ -265,12 +259,11 @@ def gated(
                     return mapped(lambda tensor: torch.cat([tensor.chunk(2)[half]] * 2), output)
                 (full,) = network.before.values()
                 factor = level(network.gate - 1) / level(step)
-                halves = slice(None, None, 1 if form == "batch" else -1)
 
                 def guided(now: torch.Tensor, then: torch.Tensor) -> torch.Tensor:
-                    unconditional, conditional = then.chunk(2)[halves]
+                    unconditional, conditional = then.chunk(2)[ordered]
                     own = now.chunk(2)[half]
-                    return torch.cat([own - factor * (conditional - unconditional), own][halves])
+                    return torch.cat([own - factor * (conditional - unconditional), own][ordered])
 
                 return both_mapped(guided, output, full)
             if level is None or call == 0 or calls == 1:

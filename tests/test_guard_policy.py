@@ -15,6 +15,7 @@ from torch import nn
 import tgate_fx
 from tests import oracle, tiny, zoo
 from tests.conftest import CountingBackend
+from tests.test_families import denoisers_of
 from tests.zoo import controlnet
 from tgate_fx.compiled.guard_policy import _LOOPS, runs_only_known_code
 
@@ -167,7 +168,7 @@ def test_loops_change_nothing_on_a_denoiser(entry: zoo.Entry) -> None:
     def hook(network: nn.Module, *_: Any) -> None:
         states.setdefault(id(network), []).append(state(network))
 
-    networks = [getattr(pipe, name) for name in entry.denoisers if getattr(pipe, name) is not None]
+    networks = denoisers_of(pipe, entry)
     with oracle.hooked(*[network.register_forward_pre_hook(hook) for network in networks]):
         entry.run(pipe)
     assert len(states) == len(networks)
