@@ -75,8 +75,7 @@ def gate(
             Diffusion and PixArt), "positive" for all others, and with ``cache_weight=1.0``. Where the other branch has
             zeros in place of control (``guess_mode``, GLIGEN's boxes), "positive" goes on in place of "negative".
         cache_weight: what is cached where one branch goes on: ``lerp(unconditional, conditional, cache_weight)`` of the
-            branches' outputs, from 0 to 1. 0.5 is T-GATE's mean; 1.0, the conditional branch's own, keeps more of the
-            prompt at early gates. It changes no graph.
+            branches' outputs, from 0 to 1. 0.5 is T-GATE's mean, 1.0 the conditional branch's own. It changes no graph.
         forecast: from the gate on, the denoiser is computed at every such step, counted from the gate, and at the last
             one; between, its output goes on in a straight line from the last two that were computed. Not together with
             ``fi_interval``, ``deepcache``, ``after_gate="both"`` or a scheduler of order 2.
