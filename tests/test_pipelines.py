@@ -13,6 +13,7 @@ from PIL import Image
 
 import tgate_fx
 from tests import oracle, reference, tiny
+from tests.conftest import CountingBackend
 from tests.test_compile import relative_error
 
 STEPS = 8
@@ -194,7 +195,9 @@ def test_callbacks_see_every_step_and_may_change_the_latents() -> None:
 @pytest.mark.parametrize(
     ("family", "callback"), [("sd-small", SDCFGCutoffCallback), ("sdxl-small", SDXLCFGCutoffCallback)]
 )
-def test_diffusers_callbacks_that_drop_guidance(family: str, callback: type[Any], after: int, how: str) -> None:
+def test_diffusers_callbacks_that_drop_guidance(
+    family: str, callback: type[Any], after: int, how: str, backend: CountingBackend
+) -> None:
     """Before the gate, at the step right before it and at its first: from then on there is one branch, here too."""
     gate = 3
     plain = tiny.make(family)
@@ -225,8 +228,10 @@ def test_diffusers_callbacks_that_drop_guidance(family: str, callback: type[Any]
     with oracle.hooked(*handles, unet.register_forward_hook(answer)):
         expected = tiny.latents(plain, **call)
     pipe = tiny.make(family)
-    tgate_fx.gate(pipe, gate) if how == "gate" else tgate_fx.compile(pipe, gate, backend="eager")
+    tgate_fx.gate(pipe, gate) if how == "gate" else tgate_fx.compile(pipe, gate, backend=backend)
     assert relative_error(tiny.latents(pipe, **call), expected) < 1e-5
+    if how == "compile":
+        assert len(backend.graphs) == (3 if after < gate - 1 else 2)
     assert [row.batch for row in tgate_fx.report(pipe).steps] == [
         2 if index < min(gate, after + 1) else 1 for index in range(6)
     ]
@@ -282,13 +287,14 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 @pytest.mark.parametrize("how", tiny.slow_but(("gate",), ("gate", "compile")))
-def test_changes_to_the_denoiser_after_gating(how: str, change: Callable[[Any], Any]) -> None:
+def test_changes_to_the_denoiser_after_gating(how: str, change: Callable[[Any], Any], backend: CountingBackend) -> None:
     kwargs = {**tiny.inputs("sd", 2), "num_inference_steps": 5}
-    pipe = getattr(tgate_fx, how)(tiny.make("sd-small"), 2, **({"backend": "eager"} if how == "compile" else {}))
+    pipe = getattr(tgate_fx, how)(tiny.make("sd-small"), 2, **({"backend": backend} if how == "compile" else {}))
     change(pipe)
     plain = tiny.make("sd-small")
     change(plain)
     assert torch.equal(tiny.latents(pipe, **kwargs), tiny.latents(reference.gate(plain, 2, guided=True), **kwargs))
+    assert len(backend.graphs) == (2 if how == "compile" else 0)
 
 
 def test_an_interrupted_generation_leaves_nothing_behind() -> None:

@@ -60,6 +60,16 @@ def test_weights_of_the_branches(weight: float, gate: int) -> None:
     assert relative_error(generate(tgate_fx.gate(pipe, gate, cache_weight=weight)), expected) < 1e-6
 
 
+@pytest.mark.parametrize("rule", [{"cache_weight": 1.0}, {"guidance": (0, GATE - 1)}])
+def test_the_branch_that_is_cached_goes_on_by_itself(rule: dict[str, Any]) -> None:
+    """On a model that conditioning reaches in another way too, so that it matters."""
+    pipe = tgate_fx.gate(tiny.make("sdxl-small"), GATE)
+    got = generate(pipe, **rule)
+    assert torch.equal(got, generate(pipe, **rule, after_gate="positive"))
+    others = {name: value for name, value in rule.items() if name != "guidance"}  # which refuses the other branch
+    assert not torch.equal(got, generate(pipe, **others, after_gate="negative"))
+
+
 def test_the_conditional_branch_alone_is_cached_bit_for_bit() -> None:
     """Its cache is what a run without the other branch would have captured."""
     pipe = tiny.sd()
