@@ -215,6 +215,17 @@ def test_a_companion_that_is_left_out_computes_all_of_its_next_step(steps: tuple
     assert relative_error(got, expected) < 1e-5
 
 
+@pytest.mark.parametrize("steps", [(0, 1, 4), (0, 1, 2, 3, 4), (4, 5)])
+def test_a_gate_that_opens_by_itself_finds_companions_that_were_left_out(steps: tuple[int, ...]) -> None:
+    pipe = SometimesControlled(**make().components, requires_safety_checker=False)
+    results = []
+    for gate_step in (3, tgate_fx.AutoGate(-1, earliest=3)):
+        tgate_fx.gate(pipe, gate_step)
+        results.append(pipe(steps))
+        tgate_fx.restore(pipe)
+    assert torch.equal(*results)
+
+
 def test_text_after_the_gate_changes_nothing() -> None:
     pipe = tgate_fx.gate(make(), GATE)
     expected = run(pipe)
