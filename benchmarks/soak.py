@@ -103,6 +103,7 @@ def soak(
         largest = max(largest, difference)
     gc.collect()
     grown = tracemalloc.get_traced_memory()[0] - memory, (_resident() - resident) / 2**20
+    tracemalloc.stop()  # everything takes several times as long under it
     for index, latents in again.items():
         if not torch.equal(_latents(pipe, cases[index]), latents):
             raise AssertionError(f"generation {index} is another after {generations} more")
