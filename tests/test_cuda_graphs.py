@@ -153,6 +153,22 @@ def test_a_graph_that_freezes_copies_its_caches(monkeypatch: pytest.MonkeyPatch)
     assert freezes.uses_cuda_graphs(device)
 
 
+@pytest.mark.inductor
+@pytest.mark.slow
+def test_a_phase_that_torch_would_run_without_a_cuda_graph_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch itself skips the CUDA graph of what is on a CPU, and logs a line."""
+    pipe, call = tiny.make("sd-small"), {**tiny.inputs("sd"), "num_inference_steps": 3}
+    expected = tiny.latents(pipe, **call)
+    monkeypatch.setattr(settings, "_has_cuda_graphs", lambda device: True)
+    tgate_fx.compile(pipe, 2, mode="reduce-overhead")
+    for _ in range(2):
+        message = says("ask for CUDA graphs", "without one", "TORCH_LOGS=cudagraphs", "max-autotune-no-cudagraphs")
+        with pytest.raises(tgate_fx.CompileError, match=message):
+            tiny.latents(pipe, **call)
+    tgate_fx.restore(pipe)
+    assert torch.equal(tiny.latents(pipe, **call), expected)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_script_for_one_says_so() -> None:
     result = CliRunner().invoke(cuda_graphs.main, [])

@@ -404,6 +404,7 @@ def test_what_benchmarks_count(take: Take) -> None:
     assert len(private.graphs_and_breaks()) == 2
     take("torch._dynamo.utils.counters")
     assert private.graphs_and_breaks() == (0, 0)
+    assert private.cuda_graph_skips() == 0
     weights = torch.eye(2)
     take("torch.ops.mkldnn._linear_pointwise")
     assert torch.equal(private.onednn_product(weights, weights), weights)

@@ -386,6 +386,13 @@ def graphs_and_breaks() -> tuple[int, int]:
     return counters.get("stats", {}).get("unique_graphs", 0), sum(counters.get("graph_break", {}).values())
 
 
+def cuda_graph_skips() -> int:
+    """Return how many graphs inductor made without the CUDA graph that was asked for. Without the name: 0."""
+    counters = find("torch._dynamo.utils.counters") or {}
+    skips: int = counters.get("inductor", {}).get("cudagraph_skips", 0)
+    return skips
+
+
 def onednn_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Return a linear layer's product as oneDNN computes it. Without the name: as torch does."""
     linear = find("torch.ops.mkldnn._linear_pointwise")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .. import private
+from ..errors import CompileError
 from . import openvino
 from .dead_code import may_have_an_effect, remove_dead_code
 from .freed_graphs import made_modules, release_with
@@ -27,13 +28,18 @@ class PrunedBackend:
     Args:
         backend: the backend itself.
         weights: is told, before a graph is compiled, of the tensors that are part of it; None to leave it.
+        cuda_graphs: whether inductor must make CUDA graphs; a graph of which it cannot is a `CompileError`, in place of
+            the line that torch would log.
 
     Attributes:
         graphs: how many graphs it has compiled.
     """
 
-    def __init__(self, backend: str | Callable[..., Any], weights: FrozenWeights | None = None) -> None:
+    def __init__(
+        self, backend: str | Callable[..., Any], weights: FrozenWeights | None = None, *, cuda_graphs: bool = False
+    ) -> None:
         self._backend = backend
+        self._cuda_graphs = cuda_graphs
         # Dynamo keeps backends for good, and must not keep the denoiser with them.
         self._weights = weakref.ref(weights) if weights is not None else None
         self.graphs = 0
@@ -70,6 +76,13 @@ class PrunedBackend:
         if self._backend == "inductor":
             # torch.compile turns a mode into options, but not for a backend like this one.
             kwargs = {"config_patches": options_with_mode(kwargs.get("mode"), kwargs.get("options"))}
+        skipped = private.cuda_graph_skips()
         with onednn_on_amd():
             compiled: Callable[..., Any] = private.backend_of(self._backend)(graph, inputs, **kwargs)
+        if self._cuda_graphs and private.cuda_graph_skips() > skipped:
+            raise CompileError(
+                "The settings ask for CUDA graphs, and torch would run a phase without one: expected a phase that can "
+                "be recorded (with TORCH_LOGS=cudagraphs torch says what is in the way). Remove that, or compile "
+                'without CUDA graphs: mode=None or "max-autotune-no-cudagraphs".'
+            )
         return compiled

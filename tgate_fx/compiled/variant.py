@@ -58,7 +58,8 @@ class Variant:
         options = settings.options_for(device)
         if guard_filter is not None:
             options = {**(options or {}), "guard_filter_fn": guard_filter}
-        self._backend = PrunedBackend(settings.backend, self._weights)
+        cuda_graphs = settings.uses_cuda_graphs(device)
+        self._backend = PrunedBackend(settings.backend, self._weights, cuda_graphs=cuda_graphs)
         self._compiled = torch.compile(
             self._function,
             backend=self._backend,
