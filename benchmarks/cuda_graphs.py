@@ -28,7 +28,7 @@ _TOLERANCE = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.2}  # of the large
 
 def generate(pipe: Any, workload: Workload, seed: int) -> torch.Tensor:
     """The latents of one image."""
-    return workload.latents(pipe, workload.steps, seed=seed, device="cuda", gate_step=workload.gates[0]).float()
+    return workload.latents(pipe, workload.steps, seed=seed, gate_step=workload.gates[0]).float()
 
 
 def recordings() -> int:
@@ -40,8 +40,8 @@ def recordings() -> int:
 
 def row(mode: str | None, workload: Workload, denoiser: Path) -> tuple[list[str], bool]:
     """One mode's row of the table, and whether all is right."""
-    eager = tgate_fx.gate(workload.pipeline(denoiser).to("cuda"))
-    pipe = tgate_fx.compile(workload.pipeline(denoiser).to("cuda"), mode=mode)
+    eager = tgate_fx.gate(workload.pipeline(denoiser))
+    pipe = tgate_fx.compile(workload.pipeline(denoiser), mode=mode)
     expected = [generate(eager, workload, seed) for seed in range(4)]
     generate(pipe, workload, 0)  # compiles
     generate(pipe, workload, 0)  # records
@@ -85,7 +85,7 @@ def main(arch: str, size: int, steps: int, gate_step: int, dtype: str) -> None:
             "This needs a GPU with CUDA, and torch finds none. The same is checked under an emulation by "
             "pytest tests/test_cuda_graphs.py."
         )
-    workload = Workload(arch, size, steps, (gate_step,), dtype)
+    workload = Workload(arch, size, steps, (gate_step,), dtype, "cuda")
     table = Table(title=f"{arch}, {size}x{size} latents, {dtype}, {torch.cuda.get_device_name()}")
     headings = (
         "mode",

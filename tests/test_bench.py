@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests.conftest import run
-from tgate_fx.bench import contenders, machine, plots, tables
+from tgate_fx.bench import machine, plots, prepare, tables
 from tgate_fx.bench.contenders import CONTENDERS, LADDER, applicable
 from tgate_fx.bench.race import Outcome, Race, _Runner, groups
 from tgate_fx.bench.results import results
@@ -29,6 +29,7 @@ from tgate_fx.schedule import Schedule
 WORKLOAD = Workload("demo", 16, 5, (2,), "float32")
 GEMM = {0: [100.0], 1: [100.0]}
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+ON_A_CPU, ON_A_GPU = (applicable(tuple(CONTENDERS), "sd15", device) for device in ("cpu", "cuda"))
 COMMITTED = sorted(RESULTS.glob("bench-*.json"))
 
 
@@ -42,10 +43,17 @@ def test_every_contender_has_its_reference_and_what_it_is_measured_against() -> 
 
 
 def test_transformers_have_no_deep_branch_and_no_callback() -> None:
-    assert applicable(tuple(CONTENDERS), "sd15") == tuple(CONTENDERS)
-    left = applicable(tuple(CONTENDERS), "pixart-alpha")
+    assert set(ON_A_CPU) | set(ON_A_GPU) == set(CONTENDERS)
+    left = applicable(tuple(CONTENDERS), "pixart-alpha", "cpu")
     assert "gated-compiled" in left
-    assert not [name for name in left if "deepcache" in name or "cutoff" in name]
+    assert set(ON_A_CPU) - set(left) == {name for name in ON_A_CPU if "deepcache" in name or "cutoff" in name}
+
+
+@pytest.mark.parametrize("names", [ON_A_CPU, ON_A_GPU])
+def test_what_a_contender_is_compared_with_runs_on_its_devices(names: tuple[str, ...]) -> None:
+    for name in names:
+        assert {CONTENDERS[name].reference, CONTENDERS[name].ungated} <= {*names, None}
+    assert {LADDER[name] for name in names if name in LADDER} <= {*names, None}
 
 
 @pytest.mark.slow
@@ -56,7 +64,7 @@ def test_the_ungated_run_of_compiled_contenders_captures_nothing(monkeypatch: py
         outputs.append(len(graph.graph.output_node().args[0]))  # type: ignore[arg-type]
         return graph.forward
 
-    monkeypatch.setattr(contenders, "CompileSettings", functools.partial(CompileSettings, backend))
+    monkeypatch.setattr(prepare, "CompileSettings", functools.partial(CompileSettings, backend))
     pipe = PIPELINES["demo"](ARCHITECTURES["demo"].build("cpu"))
     pipe.set_progress_bar_config(disable=True)
     expected = WORKLOAD.latents(pipe, 3)
@@ -68,7 +76,7 @@ def test_the_ungated_run_of_compiled_contenders_captures_nothing(monkeypatch: py
 
 
 def test_groups_fit_into_memory_and_hold_the_baseline() -> None:
-    names = tuple(CONTENDERS)
+    names = ON_A_CPU
     made = groups(names, weights_gib=3.0, budget_gib=18.0)
     assert all(group[0] == "diffusers" for group in made)
     assert sorted(name for group in made for name in group[1:]) == sorted(set(names) - {"diffusers"})
@@ -79,13 +87,20 @@ def test_groups_fit_into_memory_and_hold_the_baseline() -> None:
     assert groups(("diffusers",), 3.0, 18.0) == [["diffusers"]]
 
 
+def test_groups_fit_onto_a_gpu() -> None:
+    """There each process has weights of its own, and none more than once."""
+    made = groups(ON_A_GPU, weights_gib=5.0, budget_gib=72.0, device="cuda")
+    assert sorted(name for group in made for name in group[1:]) == sorted(set(ON_A_GPU) - {"diffusers"})
+    assert len(made[0]) == 8  # with 4 GiB besides for each
+
+
 def test_what_is_compared_is_in_one_group() -> None:
     pairs = [("gated-openvino", "openvino"), ("gated-compiled", "ungated-compiled")]
     for order in itertools.permutations(name for pair in pairs for name in pair):
         made = groups(order, weights_gib=3.0, budget_gib=18.0)
         assert sorted(sorted(group[1:]) for group in made) == sorted(sorted(pair) for pair in pairs)
     # Another of the same size is no reason to part them; nor is one that is compared with both but does not fit.
-    made = groups(tuple(CONTENDERS), weights_gib=3.2, budget_gib=21.2)
+    made = groups(ON_A_CPU, weights_gib=3.2, budget_gib=21.2)
     for name, other in pairs:
         assert any({name, other} <= set(group) for group in made)
 
@@ -212,13 +227,13 @@ def test_a_process_that_has_ended_is_one_that_failed() -> None:
 
 
 def test_the_most_memory_begins_anew() -> None:
-    machine.forget_peak()
-    before = machine.peak_gib()
+    machine.forget_peak("cpu")
+    before = machine.peak_gib("cpu")
     held = np.ones(2**27)  # a GiB
-    assert 0.9 < machine.peak_gib() - before < 1.1
+    assert 0.9 < machine.peak_gib("cpu") - before < 1.1
     del held
-    machine.forget_peak()
-    assert abs(machine.peak_gib() - before) < 0.1
+    machine.forget_peak("cpu")
+    assert abs(machine.peak_gib("cpu") - before) < 0.1
 
 
 @pytest.fixture
@@ -291,7 +306,7 @@ def test_the_short_plot_has_at_most_eight_bars(file: Path, tmp_path: Path, figur
 
 def test_the_short_plot_compares_variants_at_one_gate() -> None:
     rows = plots.headline(json.loads((RESULTS / "bench-sd15.json").read_text()))
-    assert [row["contender"] for row in rows] == list(plots.HEADLINE)
+    assert [row["contender"] for row in rows] == [name for name in plots.HEADLINE if name in ON_A_CPU]
     assert {row["gate"] for row in rows} == {None, 10}
     assert set(plots.HEADLINE) <= set(CONTENDERS)
 
@@ -304,6 +319,13 @@ def test_the_short_plot_compares_variants_at_one_gate() -> None:
         (("--only", "deepcache", "--arch", "pixart-alpha"), "--only deepcache: expected what there is for --arch"),
         (("--gate-step", "30"), "--gate-step 30"),
         (("--arch", "sd4"), "'sd4' is not one of"),
+        (("--only", "gated-graphs"), "--only gated-graphs: expected what there is for --arch demo --device cpu"),
+        (("--only", "openvino", "--device", "cuda"), "expected what there is for --arch demo --device cuda"),
+        pytest.param(
+            ("--device", "cuda"),
+            "torch finds no GPU with CUDA",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
         (("--json", "no/such/folder/x.json"), "there is no folder"),
     ],
 )
@@ -320,7 +342,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     ("options", "expected"),
     [
         (("--ladder",), True),
-        (tuple(word for name in LADDER for word in ("--only", name)), True),
+        (tuple(word for name in LADDER if name in ON_A_CPU for word in ("--only", name)), True),
         (("--only", "gated"), False),
     ],
 )

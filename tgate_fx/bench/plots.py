@@ -18,6 +18,10 @@ HEADLINE = (
     "gated",
     "gated-compiled",
     "gated-deepcache-compiled",
+    "diffusers-graphs",
+    "cutoff-graphs",
+    "gated-graphs",
+    "gated-forecast-graphs",
 )
 
 _DPI = 90
@@ -107,7 +111,7 @@ def _title(results: dict[str, Any]) -> str:
     workload, machine = results["workload"], results["machine"]
     return (
         f"{workload['model']}, latents {workload['latents'][1]}×{workload['latents'][2]}, {workload['steps']} steps, "
-        f"{workload['dtype']}: {machine['cpu']}, {machine['threads']} threads"
+        f"{workload['dtype']}: {machine.get('gpu') or machine['cpu']}, {machine['threads']} threads"
     )
 
 

@@ -22,8 +22,8 @@ from .worker import Failed, Finished, Ready, Timing, work
 from .workload import Workload
 
 _BASELINE = "diffusers"
-_PROCESS_GIB = 1.0  # what a process takes besides weights
-_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}  # of the largest latent
+_PROCESS_GIB = {"cpu": 1.0, "cuda": 4.0}  # what a process takes besides weights
+_TOLERANCE = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.1}  # of the largest latent
 _PAUSE = 0.3  # seconds until the threads of whoever ran before have gone to sleep
 
 
@@ -75,22 +75,27 @@ def race(names: Sequence[str], workload: Workload, rounds: int, keep: Callable[[
                 runner.get_ready()
                 if runner.outcome.ready is not None:
                     references[name] = runner.outcome.ready.latents
-        for number, group in enumerate(groups(names, gib, 0.9 * memory_gib())):
+        budget = 0.9 * memory_gib(workload.device)
+        for number, group in enumerate(groups(names, gib, budget, workload.device)):
             outcomes += _run_group(number, group, workload, denoiser, rounds, references, gemm, progress)
             keep(Race(outcomes, gemm))
 
 
-def groups(names: Sequence[str], weights_gib: float, budget_gib: float) -> list[list[str]]:
+def groups(names: Sequence[str], weights_gib: float, budget_gib: float, device: str = "cpu") -> list[list[str]]:
     """Contenders that are in memory together: the baseline, and as many others as fit.
 
     Those that are compared with each other come together where they can: a machine's speed drifts from group to group.
     """
 
+    # On a CPU all processes map the same file of weights; on a GPU each has its own.
+    shared = 0.0 if device == "cuda" else weights_gib
+
     def takes(name: str) -> float:
-        return _PROCESS_GIB + CONTENDERS[name].copies * weights_gib
+        copies = 1.0 if device == "cuda" else CONTENDERS[name].copies
+        return _PROCESS_GIB[device] + copies * weights_gib
 
     def fits(name: str, group: Sequence[str]) -> bool:
-        return weights_gib + sum(map(takes, [*group, name])) <= budget_gib
+        return shared + sum(map(takes, [*group, name])) <= budget_gib
 
     made: list[list[str]] = []
     left = sorted((name for name in names if name != _BASELINE), key=takes, reverse=True)
@@ -208,7 +213,7 @@ def _run_group(
         progress.reset(task, total=rounds * turns)
         for _ in range(rounds):
             time.sleep(_PAUSE)
-            gemm.setdefault(number, []).append(gemm_gflops(workload.torch_dtype))
+            gemm.setdefault(number, []).append(gemm_gflops(workload.torch_dtype, workload.device))
             for runner in runners:
                 for gate in runner.gates:
                     progress.update(task, description=f"taking turns: {CONTENDERS[runner.outcome.name].title}")

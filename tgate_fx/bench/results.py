@@ -9,8 +9,9 @@ from typing import Any
 
 from ..macs.architectures import ARCHITECTURES
 from ..macs.count import Generation, image_cost, step_costs
-from .contenders import CONTENDERS, DEEPCACHE, Contender
+from .contenders import CONTENDERS, Contender
 from .machine import machine
+from .prepare import DEEPCACHE
 from .race import Outcome, Race
 from .worker import Timing
 from .workload import Workload
@@ -34,13 +35,15 @@ def results(race: Race, workload: Workload, rounds: int) -> dict[str, Any]:
         _compare_with_ungated(row, rows, workload)
     rows.sort(key=lambda row: row["median"], reverse=True)
     return {
-        "machine": machine(),
+        "machine": machine(workload.device),
         "workload": {
             "model": ARCHITECTURES[workload.arch].title,
             "arch": workload.arch,
             "latents": [4, workload.size, workload.size],
             "steps": workload.steps,
             "dtype": workload.dtype,
+            "device": workload.device,
+            "batch": workload.batch,
             "rounds": rounds,
             "weights": "random",
         },

@@ -16,7 +16,8 @@ def show(results: dict[str, Any]) -> None:
     workload, console = results["workload"], Console()
     table = _table(
         f"{workload['model']}, latents {workload['latents'][1]}×{workload['latents'][2]}, "
-        f"{workload['steps']} steps, {workload['dtype']}",
+        f"{workload['steps']} steps, {workload['dtype']}, "
+        f"{results['machine'].get('gpu', 'CPU')}, batch {workload.get('batch', 1)}",
         ("", "gate", "image", "speed-up", "pre", "post", "limit", "compile", "GiB"),
         "seconds of an image, and how much faster than diffusers that is; seconds of a step before and after the gate; "
         "the share reached of what the multiply-adds left out allow; seconds to compile; most memory at once",

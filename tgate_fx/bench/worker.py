@@ -18,8 +18,9 @@ import numpy as np
 import torch
 
 from .. import private
-from .contenders import CONTENDERS, Generate
-from .machine import forget_peak, peak_gib
+from .contenders import CONTENDERS
+from .machine import forget_peak, peak_gib, synchronize
+from .prepare import Generate
 from .workload import Workload
 
 # The image that results are compared by, and that compiles every phase: short, with a gate.
@@ -70,16 +71,37 @@ class Failed:
 
 @dataclass
 class _Stamps:
-    """When each step of an image ended: when its scheduler was called."""
+    """When an image began and each of its steps ended: when its scheduler was called. On CUDA, on the stream."""
 
-    times: list[float] = field(default_factory=list)
+    device: str
+    _marks: list[Any] = field(default_factory=list)
+
+    def begin(self) -> None:
+        """Begin an image."""
+        self._marks.clear()
+        self._mark()
+
+    def _mark(self) -> None:
+        if self.device == "cuda":
+            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            event.record()
+            self._marks.append(event)
+        else:
+            self._marks.append(time.perf_counter())
+
+    def seconds(self) -> tuple[float, ...]:
+        """Of each step, once all are done."""
+        pairs = itertools.pairwise(self._marks)
+        if self.device == "cuda":
+            return tuple(before.elapsed_time(after) / 1000 for before, after in pairs)
+        return tuple(after - before for before, after in pairs)
 
     def put_on(self, scheduler: type[Any]) -> None:
         plain = scheduler.step
 
         @functools.wraps(plain)
         def step(*args: Any, **kwargs: Any) -> Any:
-            self.times.append(time.perf_counter())
+            self._mark()
             return plain(*args, **kwargs)
 
         scheduler.step = step
@@ -97,17 +119,18 @@ def work(connection: Connection, name: str, workload: Workload, denoiser: Path, 
     logging.disable(logging.WARNING)
     try:
         with torch.no_grad():
-            pipe, stamps = workload.pipeline(denoiser), _Stamps()
+            pipe, stamps = workload.pipeline(denoiser), _Stamps(workload.device)
             stamps.put_on(type(pipe.scheduler))
             generate = CONTENDERS[name].prepare(pipe, workload)
             first, _ = _timed(generate, CHECK_STEPS, CHECK_GATE, stamps)
             second, latents = _timed(generate, CHECK_STEPS, CHECK_GATE, stamps)
-            values = latents.float().numpy()
-            connection.send(Ready(values, first.seconds, second.seconds, peak_gib(), _finished().graphs))
-            forget_peak()
+            values = latents.float().numpy(force=True)
+            peak = peak_gib(workload.device)
+            connection.send(Ready(values, first.seconds, second.seconds, peak, private.graphs_and_breaks()[0]))
+            forget_peak(workload.device)
             while (gate := connection.recv()) is not None:
                 connection.send(_timed(generate, workload.steps, gate, stamps)[0])
-            connection.send(_finished())
+            connection.send(Finished(peak_gib(workload.device), *private.graphs_and_breaks()))
     except EOFError:
         return
     except Exception as error:
@@ -116,14 +139,9 @@ def work(connection: Connection, name: str, workload: Workload, denoiser: Path, 
 
 
 def _timed(generate: Generate, steps: int, gate: int, stamps: _Stamps) -> tuple[Timing, torch.Tensor]:
-    stamps.times.clear()
+    synchronize(stamps.device)
+    stamps.begin()
     started = time.perf_counter()
     latents = generate(steps, gate)
-    seconds = time.perf_counter() - started
-    times = [started, *stamps.times]
-    return Timing(seconds, tuple(after - before for before, after in itertools.pairwise(times))), latents
-
-
-def _finished() -> Finished:
-    graphs, breaks = private.graphs_and_breaks()
-    return Finished(peak_gib(), graphs, breaks)
+    synchronize(stamps.device)
+    return Timing(time.perf_counter() - started, stamps.seconds()), latents

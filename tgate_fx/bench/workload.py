@@ -78,6 +78,8 @@ class Workload:
         steps: of an image.
         gates: the gate steps that gated contenders are timed with.
         dtype: of weights and latents, such as "float32".
+        device: "cpu" or "cuda", where the weights of UNets are channels last, as diffusers advises.
+        batch: images of a call.
     """
 
     arch: str
@@ -85,6 +87,8 @@ class Workload:
     steps: int
     gates: tuple[int, ...]
     dtype: str
+    device: str = "cpu"
+    batch: int = 1
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -102,7 +106,12 @@ class Workload:
     def pipeline(self, denoiser: Path) -> Any:
         """Return the pipeline around a denoiser that `save_denoiser` wrote, ready to be called with `inputs`."""
         # The file is this run's own. Mapped, its weights are in memory once for all processes.
-        pipe = PIPELINES[self.arch](torch.load(denoiser, mmap=True, weights_only=False))
+        module: nn.Module = torch.load(denoiser, mmap=True, weights_only=False)
+        if self.device == "cuda":
+            module = nn.Module.to(module, self.device)
+            if hasattr(module, "down_blocks"):
+                module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        pipe = PIPELINES[self.arch](module)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
@@ -113,7 +122,7 @@ class Workload:
         noise = torch.Generator().manual_seed(1)
 
         def embedding(*shape: int) -> torch.Tensor:
-            return torch.randn(shape, generator=noise).to(self.torch_dtype)
+            return torch.randn(shape, generator=noise).to(self.device, self.torch_dtype)
 
         sides = ("prompt", "negative_prompt")
         text = {f"{side}_embeds": embedding(1, architecture.tokens, architecture.text_width) for side in sides}
@@ -121,21 +130,18 @@ class Workload:
             text |= {f"{side}_embeds": embedding(1, 1280) for side in ("pooled_prompt", "negative_pooled_prompt")}
         more: dict[str, Any] = {}
         if self.arch == "pixart-alpha":
-            more = {f"{side}_attention_mask": torch.ones(1, architecture.tokens) for side in sides}
+            mask = torch.ones(1, architecture.tokens, device=self.device)
+            more = {f"{side}_attention_mask": mask for side in sides}
             more |= {"use_resolution_binning": False, "negative_prompt": None}
         return {**text, **more, "height": 8 * self.size, "width": 8 * self.size}
 
-    def latents(
-        self, call: Callable[..., Any], steps: int, *, seed: int = 0, device: str = "cpu", **more: Any
-    ) -> torch.Tensor:
+    def latents(self, call: Callable[..., Any], steps: int, *, seed: int = 0, **more: Any) -> torch.Tensor:
         """Return the latents that a call of a pipeline ends with, given `inputs` and ``more``."""
-        inputs = {
-            name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in self.inputs.items()
-        }
         result = call(
-            **inputs,
+            **self.inputs,
             num_inference_steps=steps,
-            generator=torch.Generator(device).manual_seed(seed),
+            num_images_per_prompt=self.batch,
+            generator=torch.Generator(self.device).manual_seed(seed),
             output_type="latent",
             return_dict=False,
             **more,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 
 from ..bench.workload import PIPELINES, Workload
 from .options import OutFile, check_gated
@@ -35,7 +36,13 @@ _PACKAGES = {"tgate": "tgate", "deepcache": "DeepCache", "openvino": "openvino"}
     show_default=True,
     help="First gated step; repeat it for more rows.",
 )
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    help="Of weights and latents. [default: float32; float16 on a GPU]",
+)
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Images of a call.")
 @click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Images of each row.")
 @click.option("--only", "only", multiple=True, help="One contender; repeat it for more. All of them if left out.")
 @click.option("--ladder", is_flag=True, help="Only what shows where the speed-up comes from, one step after the other.")
@@ -46,7 +53,9 @@ def bench(
     size: int | None,
     steps: int,
     gates: tuple[int, ...],
-    dtype: str,
+    device: str,
+    dtype: str | None,
+    batch: int,
     rounds: int,
     only: tuple[str, ...],
     ladder: bool,
@@ -68,9 +77,14 @@ def bench(
     unknown = [name for name in only if name not in CONTENDERS]
     if unknown or (only and ladder):
         raise click.UsageError(f"--only {' '.join(only)}: expected of {', '.join(CONTENDERS)}, and no --ladder.")
-    names = applicable(only or tuple(LADDER if ladder else CONTENDERS), arch)
+    names = applicable(only or tuple(LADDER if ladder else CONTENDERS), arch, device)
     if only and len(names) < len(only):
-        raise click.UsageError(f"--only {' '.join(only)}: expected what there is for --arch {arch}, {' '.join(names)}.")
+        all_names = " ".join(applicable(tuple(CONTENDERS), arch, device))
+        raise click.UsageError(
+            f"--only {' '.join(only)}: expected what there is for --arch {arch} --device {device}, {all_names}."
+        )
+    if device == "cuda" and not torch.cuda.is_available():
+        raise click.UsageError("--device cuda: torch finds no GPU with CUDA. Leave it out to measure on the CPU.")
     run = " ".join([*names, *[str(CONTENDERS[name].reference) for name in names]])
     needed = {package for part, package in _PACKAGES.items() if part in run}
     needed |= {"matplotlib"} if plot_out is not None else set()
@@ -78,7 +92,8 @@ def bench(
     if missing:
         raise click.UsageError(f"This needs {', '.join(missing)}: pip install 'tgate_fx[bench]'.")
     side = size or ARCHITECTURES[arch].config["sample_size"]
-    workload = Workload(arch, side, steps, tuple(dict.fromkeys(gates)), dtype)
+    dtype = dtype or ("float16" if device == "cuda" else "float32")
+    workload = Workload(arch, side, steps, tuple(dict.fromkeys(gates)), dtype, device, batch)
     measured: dict[str, Any] = {}
 
     def keep(run: Race) -> None:
@@ -90,5 +105,5 @@ def bench(
     if plot_out is not None:
         plots.plot(measured, plot_out)
     tables.show(measured)
-    if set(applicable(tuple(LADDER), arch)) <= set(names):
+    if set(applicable(tuple(LADDER), arch, device)) <= set(names):
         tables.show_ladder(measured)
