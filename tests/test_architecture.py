@@ -22,7 +22,7 @@ inputs forward_patch deepcache auto_gate checked schedule cache guidance forecas
 one_batch separate_calls families
 sites split
 dispatch network
-step_count report steps phases run companions companion_run
+step_count report steps phases trend run companions companion_run
 gated
 compiled.cpu compiled.checksum compiled.settings compiled.openvino
 compiled.freed_graphs compiled.frozen_weights compiled.dead_code compiled.onednn compiled.backend

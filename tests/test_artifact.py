@@ -149,7 +149,7 @@ def test_packages_without_freezing_read_the_pipelines_own_weights(tmp_path: Path
 @pytest.mark.parametrize(
     ("family", "settings", "phases"),
     [
-        ("sd-small", {"gate_step": None, "deepcache": tgate_fx.DeepCache(interval=2, branch=0)}, 2),
+        ("sd-small", {"gate_step": None, "deepcache": tgate_fx.DeepCache(interval=2, branch=0, order=1)}, 2),
     ],
 )
 def test_other_pipelines_and_schedules(family: str, settings: dict[str, Any], phases: int, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ EVERY = [
         for setting in (
             ("sd-small", _INTERVALS),
             ("sd-small", {"deepcache": _DEEPCACHE}),
+            ("sd-small", {"deepcache": tgate_fx.DeepCache(interval=2, branch=0, order=1)}),
             ("sdxl-small", {"after_gate": "positive"}),
         )
     ],

@@ -388,6 +388,56 @@ def test_an_enabled_deepcache_helper_is_refused(enable: str) -> None:
         assert torch.equal(final(pipe, **kwargs), expected)
 
 
+class StraightLine:
+    """A plain hook on the module that the deep branch ends in: in place of what it gives at the steps between, the line
+    through the last two outputs that count. It computes everything, and knows nothing of tgate_fx.
+    """
+
+    def __init__(self, computed: list[list[int]]) -> None:
+        self._computed = computed  # for each part of the run in which rows are the same, the steps that are kept
+        self._index = -1
+
+    def __call__(self, module: Any, args: Any, output: Any) -> Any:
+        self._index += 1
+        part = next(each for each in reversed(self._computed) if each[0] <= self._index)
+        if self._index == part[0]:
+            self._kept: list[tuple[int, torch.Tensor]] = []
+        if self._index in part:
+            self._kept = [*self._kept[-1:], (self._index, output[0].clone())]
+        elif len(self._kept) == 1:
+            return (self._kept[0][1], *output[1:])
+        else:
+            (first, start), (second, end) = self._kept
+            return (torch.lerp(start, end, (self._index - first) / (second - first)), *output[1:])
+        return None
+
+
+def deep_line(gate: int | None) -> torch.Tensor:
+    """DeepCache of interval 3 and order 1 on 11 steps, by plain hooks, and the gate by upstream's loader."""
+    parts = [[0, 3, 6, 9]] if gate is None else [[0, 3, gate - 1], [gate, gate + 3]]
+    pipe = tiny.sd()
+    kwargs = {**tiny.inputs("sd"), "num_inference_steps": 11}
+    exit_module = pipe.unet.get_submodule("up_blocks.1.attentions.0")
+    exit_module.register_forward_hook(StraightLine(parts))
+    return final(tgate_fx.gate(pipe, gate), **kwargs)
+
+
+@pytest.mark.parametrize("gate", [None, 6])
+def test_a_deep_branch_in_a_straight_line(gate: int | None, backend: CountingBackend) -> None:
+    kwargs = {**tiny.inputs("sd"), "num_inference_steps": 11}
+    expected = deep_line(gate)
+    deepcache = tgate_fx.DeepCache(3, 0, order=1)
+    for pipe in (
+        tgate_fx.gate(tiny.sd(), gate, deepcache=deepcache),
+        tgate_fx.compile(tiny.sd(), gate, deepcache=deepcache, backend=backend),
+    ):
+        for _ in range(2):
+            assert torch.equal(final(pipe, **kwargs), expected)
+    assert len(backend.graphs) == (2 if gate is None else 4)
+    held = tgate_fx.gate(tiny.sd(), gate, deepcache=tgate_fx.DeepCache(3, 0))
+    assert not torch.equal(final(held, **kwargs), expected)
+
+
 def test_refused_deepcache_settings() -> None:
     for branch in (6, 12):
         with pytest.raises(
@@ -399,6 +449,9 @@ def test_refused_deepcache_settings() -> None:
     for bad in ({"interval": 0}, {"interval": 1.5}, {"branch": -1}, {"branch": True}):
         with pytest.raises(tgate_fx.ArgumentError, match="expected an int ≥"):
             tgate_fx.DeepCache(**bad)
+    for bad in (2, -1, True, 0.5):
+        with pytest.raises(tgate_fx.ArgumentError, match=f"order={bad}.*expected 0 .*or 1 "):
+            tgate_fx.DeepCache(order=bad)
     for bad in (3, {"interval": 3}, "yes"):
         with pytest.raises(tgate_fx.ArgumentError, match=r"deepcache=.*expected tgate_fx\.DeepCache\(interval"):
             tgate_fx.gate(tiny.sd(), deepcache=bad)

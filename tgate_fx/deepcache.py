@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from .errors import UnsupportedError, checked_count
+from .errors import UnsupportedError, checked_count, checked_order
 
 # The package numbers branches as if every block had three layers.
 _LAYERS = 3
@@ -27,14 +27,18 @@ class DeepCache:
             before the gate and at the gate, as in upstream `tgate`.
         branch: where the deep branch begins, as in the `DeepCache` package: ``3 * block + layer`` for the block and
             layer of the down path from which on it is skipped; 0 skips the most.
+        order: what stands in for its output at the steps between. 0: the last one that was computed, as in the package;
+            1: the straight line through the last two.
     """
 
     interval: int = 3
     branch: int = 0
+    order: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "interval", checked_count("interval", self.interval, least=1))
         object.__setattr__(self, "branch", checked_count("branch", self.branch, least=0))
+        object.__setattr__(self, "order", checked_order(self.order))
 
 
 class DeepBranch(NamedTuple):

@@ -36,6 +36,17 @@ def checked_count(name: str, value: object, *, least: int, unit: str = "steps") 
     return number
 
 
+def checked_order(value: object) -> int:
+    """Return the order of an extrapolation, 0 or 1; raise `ArgumentError` if it is none."""
+    number = as_int(value)
+    if number not in (0, 1):
+        raise ArgumentError(
+            f"order={value!r} ({type(value).__name__}) is no order of DeepCache: expected 0 (the last output is held) "
+            "or 1 (it goes on in a straight line)."
+        )
+    return number
+
+
 def as_int(value: Any) -> int | None:
     """Return an integer of any package's, such as numpy's, as an int; None if it is no integer."""
     try:

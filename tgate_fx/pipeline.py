@@ -95,9 +95,8 @@ def gate(
         StateError: the pipeline is gated already.
     """
     networks = _networks(pipe, deepcache)
-    deep_interval = None if deepcache is None else deepcache.interval
     schedule = Schedule(
-        gate_step, sp_interval, fi_interval, warm_up, deep_interval, after_gate, cache_weight, forecast, guidance
+        gate_step, sp_interval, fi_interval, warm_up, *_deep(deepcache), after_gate, cache_weight, forecast, guidance
     )
     _attach(pipe, schedule, networks, gate_companions, EagerPhases)
     return pipe
@@ -156,9 +155,8 @@ def compile(
         raise ArgumentError(f"mode={mode!r} and options={options!r} were both given: expected one of them.")
     settings = CompileSettings(backend, mode, dynamic, options, regional)
     networks = _networks(pipe, deepcache)
-    deep_interval = None if deepcache is None else deepcache.interval
     schedule = Schedule(
-        gate_step, sp_interval, fi_interval, warm_up, deep_interval, after_gate, cache_weight, forecast, guidance
+        gate_step, sp_interval, fi_interval, warm_up, *_deep(deepcache), after_gate, cache_weight, forecast, guidance
     )
     phases = RegionalPhases if regional else WholePhases
     _attach(pipe, schedule, networks, gate_companions, lambda network: phases(network, settings))
@@ -177,6 +175,11 @@ def _attach(
         for each in (networks, companions_of(pipe) if gate_companions else [])
     )
     Gated(pipe, schedule, gated, companions).attach(pipe)
+
+
+def _deep(deepcache: DeepCache | None) -> tuple[int | None, int]:
+    """Return what a schedule has of DeepCache: the interval of the deep branch, and what stands in for it between."""
+    return (None, 0) if deepcache is None else (deepcache.interval, deepcache.order)
 
 
 def _networks(pipe: Any, deepcache: object) -> list[Network]:

@@ -19,6 +19,7 @@ from .roles import Kind, Role
 from .schedule import Schedule, Step
 from .split import Cache
 from .steps import Steps
+from .trend import Trend
 
 
 @dataclass
@@ -203,6 +204,7 @@ class Run:
         self._guided_rows = 0
         self._first_guided: int | None = None
         self._slot = 0  # from the gate on, where one branch goes on
+        self._trends: dict[int, Trend] = {}  # of the deep branch, by the slot
         self._forecast = Forecast()
         self._held = None
 
@@ -240,7 +242,10 @@ class Run:
                     "Leave guidance on or off for the whole generation, or use gate_step=None."
                 )
         pairs = zip(step.roles, self._cached[slot], strict=True)
-        return tuple([cached if role is Role.REUSE else () for role, cached in pairs])
+        cache = [cached if role is Role.REUSE else () for role, cached in pairs]
+        if step.roles.deep_branch is Role.REUSE and slot in self._trends:
+            cache[Kind.DEEP_BRANCH] = self._trends[slot].at(self.steps.index)
+        return tuple(cache)
 
     def _keep(self, step: Step, slot: int, captured: Cache, latents: torch.Tensor, guided: bool, sliced: bool) -> None:
         """Copy what was captured into the static cache; of two branches into one's, if one goes on."""
@@ -262,6 +267,9 @@ class Run:
                         self._cached_for[_OWN][kind] = (rows, *shape)
                     slot = 0
                     kept = self._guidance.merge(self._cache, kind, captured[kind], first)
+                elif kind is Kind.DEEP_BRANCH and self.schedule.deep_order == 1:
+                    trend = self._trends.setdefault(slot, Trend(self._cache, kind, slot))
+                    kept = trend.keep(self.steps.index, captured[kind])
                 else:
                     kept = self._cache.keep(kind, captured[kind], slot)
                 self._cached[slot][kind] = kept

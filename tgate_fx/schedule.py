@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from .auto_gate import AutoGate
 from .checked import checked_gate_step, checked_weight, checked_window, refuse_together
-from .errors import ArgumentError, checked_count
+from .errors import ArgumentError, checked_count, checked_order
 from .roles import Kind, Role, Roles
 
 AFTER_GATE = ("negative", "positive", "both", "guided")
@@ -53,6 +53,7 @@ class Schedule:
         warm_up: the first step whose self-attention is cached.
         deep_interval: the deep branch of the UNet is computed at every multiple of this, counted anew from the last
             step before the gate and from the gate; None: always.
+        deep_order: what stands in for it between: 0 for the last one, 1 for the straight line through the last two.
         after_gate: which guidance branch goes on after the gate: "negative", "positive" or "both"; "guided" is
             "positive", with the difference of the branches held; None for what `settled` says.
         cache_weight: of the conditional branch, in what is cached of both; the unconditional one has the rest.
@@ -69,6 +70,7 @@ class Schedule:
     fi_interval: int = 1
     warm_up: int = 0
     deep_interval: int | None = None
+    deep_order: int = 0
     after_gate: str | None = None
     cache_weight: float = 0.5
     forecast: int = 1
@@ -82,6 +84,7 @@ class Schedule:
             object.__setattr__(self, name, checked_count(name, getattr(self, name), least=least))
         if self.deep_interval is not None:
             object.__setattr__(self, "deep_interval", checked_count("deep_interval", self.deep_interval, least=1))
+        object.__setattr__(self, "deep_order", checked_order(self.deep_order))
         object.__setattr__(self, "cache_weight", checked_weight(self.cache_weight))
         if self.after_gate is not None and self.after_gate not in AFTER_GATE:
             raise ArgumentError(

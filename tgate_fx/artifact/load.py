@@ -48,7 +48,7 @@ def load(pipe: Pipeline, path: str | Path, digest: str | None = None) -> Pipelin
     contents = manifest.read(path, digest)
     schedule = schedule_of(contents["schedule"])
     interval = schedule.deep_interval
-    deepcache = None if interval is None else DeepCache(interval=interval, branch=contents["deepcache"])
+    deepcache = None if interval is None else DeepCache(interval, contents["deepcache"], schedule.deep_order)
     network = _only_network(pipe, deepcache)
     frozen = contents["weights"] is not None
     manifest.check_environment(contents, network.module)

@@ -62,7 +62,7 @@ def macs(
     else:
         deep = None if deepcache is None else DeepCache(*deepcache)
         interval, branch = (None, None) if deep is None else (deep.interval, deep.branch)
-        schedule = Schedule(gate_step, sp_interval, fi_interval, warm_up, interval, after_gate)
+        schedule = Schedule(gate_step, sp_interval, fi_interval, warm_up, interval, after_gate=after_gate)
         rows = macs_table.schedule_rows(Generation(arch, steps, schedule, guided, branch, size))
         macs_table.show(rows)
     if json_out is not None:
