@@ -5,9 +5,13 @@
     python -m benchmarks.embedded.train classifier --out DIR
     python -m benchmarks.embedded.train plot --out DIR
     python -m benchmarks.embedded.train export --out DIR
+    python -m benchmarks.embedded.train noisy --out DIR2
+    python -m benchmarks.embedded.train export-noisy --out DIR2
 
-The first three resume where they were stopped; a denoiser in training can be exported too. The classifier is trained on
-drawings alone and knows nothing of the other two.
+The first three and ``noisy`` resume where they were stopped; a denoiser in training can be exported too. The
+classifier is trained on drawings alone and knows nothing of the other two. ``noisy`` goes on from the weights that
+``export`` wrote into the package, with captions that are often another picture's, so that guidance matters as it does
+on real models.
 """
 
 from __future__ import annotations
@@ -40,6 +44,7 @@ _out = click.option("--out", type=click.Path(path_type=Path), required=True, hel
 _SEED = 2024
 _TRAINING_SCENES = 120_000
 _DROPPED = 0.1  # of the captions, for classifier-free guidance
+_MISTAKEN = 0.4  # of the captions of ``noisy``: another picture's
 
 
 @click.group()
@@ -99,28 +104,69 @@ def denoiser(out: Path, steps: int, batch: int, compiled: bool) -> None:
     torch.manual_seed(_SEED)
     module = _TextToLatents()
     known = scenes(_TRAINING_SCENES, seed=_SEED, held_out=False)
-    latents = _latents(known, out)
-    tokenizer = models.tokenizer()
-    noising = DDPMScheduler.from_config(models.scheduler().config)
-    snr = noising.alphas_cumprod / (1 - noising.alphas_cumprod)
-    unet = torch.compile(module.unet, fullgraph=True) if compiled else module.unet
+    error_of = _DenoisingError(module, known, _latents(known, out), compiled=compiled)
 
     def loss_of(step: int) -> torch.Tensor:
         rng = torch.Generator().manual_seed(step)
         words = random.Random(step)
         chosen = torch.randint(len(known), (batch,), generator=rng)
         captions = ["" if words.random() < _DROPPED else known[i].caption(words) for i in chosen.tolist()]
-        tokens = tokenizer(captions, padding="max_length", max_length=models.TOKENS, return_tensors="pt").input_ids
-        clean = latents[chosen].float().contiguous(memory_format=torch.channels_last)
-        noise = torch.randn(clean.shape, generator=rng).contiguous(memory_format=torch.channels_last)
-        timesteps = torch.randint(1000, (batch,), generator=rng)
-        text = module.text_encoder(tokens)[0]
-        predicted = unet(noising.add_noise(clean, noise, timesteps), timesteps, text, return_dict=False)[0]
-        error = (predicted - noising.get_velocity(clean, noise, timesteps)).square().mean((1, 2, 3))
-        # min-SNR weighting (Hang et al. 2023, arXiv:2303.09556) with gamma 5, in its form for velocities.
-        return (error * (snr[timesteps].clamp(max=5) / (snr[timesteps] + 1))).mean()
+        return error_of(chosen, captions, rng)
 
     train(module, loss_of, Plan(steps, 8e-4), out, "denoiser")
+
+
+@app.command()
+@_options(steps=1000, batch=64)
+@click.option("--scenes", "count", default=40_000, show_default=True, help="Training scenes.")
+@click.option("--compile/--no-compile", "compiled", default=True, help="Train through torch.compile.")
+def noisy(out: Path, steps: int, batch: int, count: int, compiled: bool) -> None:
+    """The package's denoiser and text encoder, on captions of which many are another picture's."""
+    out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(_SEED)
+    pipe = demo.load()
+    module = _TextToLatents()
+    module.unet.load_state_dict(pipe.unet.state_dict())
+    module.text_encoder.load_state_dict(pipe.text_encoder.state_dict())
+    pipe.vae.save_pretrained(out / "vae")
+    known = scenes(count, seed=_SEED, held_out=False)
+    error_of = _DenoisingError(module, known, _latents(known, out), compiled=compiled)
+
+    def loss_of(step: int) -> torch.Tensor:
+        rng = torch.Generator().manual_seed(step)
+        words = random.Random(step)
+        chosen = torch.randint(len(known), (batch,), generator=rng)
+        said = [words.randrange(len(known)) if words.random() < _MISTAKEN else i for i in chosen.tolist()]
+        captions = ["" if words.random() < _DROPPED else known[i].caption(words) for i in said]
+        return error_of(chosen, captions, rng)
+
+    train(module, loss_of, Plan(steps, 4e-4), out, "noisy")
+
+
+class _DenoisingError:
+    """The loss of a batch of pictures and what is said of each."""
+
+    def __init__(self, module: _TextToLatents, known: list[Scene], latents: torch.Tensor, *, compiled: bool) -> None:
+        self._text_encoder, self._latents = module.text_encoder, latents
+        self._unet = torch.compile(module.unet, fullgraph=True) if compiled else module.unet
+        self._tokenizer = models.tokenizer()
+        self._noising = DDPMScheduler.from_config(models.scheduler().config)
+        self._snr = self._noising.alphas_cumprod / (1 - self._noising.alphas_cumprod)
+
+    def __call__(self, chosen: torch.Tensor, captions: list[str], rng: torch.Generator) -> torch.Tensor:
+        tokens = self._tokenizer(
+            captions, padding="max_length", max_length=models.TOKENS, return_tensors="pt"
+        ).input_ids
+        clean = self._latents[chosen].float().contiguous(memory_format=torch.channels_last)
+        noise = torch.randn(clean.shape, generator=rng).contiguous(memory_format=torch.channels_last)
+        timesteps = torch.randint(1000, (len(chosen),), generator=rng)
+        text = self._text_encoder(tokens)[0]
+        noised = self._noising.add_noise(clean, noise, timesteps)
+        predicted = self._unet(noised, timesteps, text, return_dict=False)[0]
+        error = (predicted - self._noising.get_velocity(clean, noise, timesteps)).square().mean((1, 2, 3))
+        # min-SNR weighting (Hang et al. 2023, arXiv:2303.09556) with gamma 5, in its form for velocities.
+        snr = self._snr[timesteps]
+        return (error * (snr.clamp(max=5) / (snr + 1))).mean()
 
 
 def _latents(known: list[Scene], out: Path) -> torch.Tensor:
@@ -177,8 +223,9 @@ def plot(out: Path) -> None:
     """Plot the losses as loss.png."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.5), constrained_layout=True)
-    for axis, name in zip(axes, ("autoencoder", "denoiser", "classifier"), strict=True):
+    parts = [path.name.partition(".")[0] for path in sorted(out.glob("*.loss.jsonl"))]
+    figure, axes = plt.subplots(1, len(parts), figsize=(4 * len(parts), 3.5), constrained_layout=True, squeeze=False)
+    for axis, name in zip(axes[0], parts, strict=True):
         log = read_log(out / f"{name}.loss.jsonl")
         axis.semilogy(list(log), list(log.values()))
         axis.set(title=name, xlabel="step", ylabel="loss")
@@ -189,11 +236,29 @@ def plot(out: Path) -> None:
 @_out
 def export(out: Path) -> None:
     """Write the weights that the package and the tests use, in half precision."""
+    vae = models.AutoencoderKL.from_pretrained(out / "vae")
+    _export_pipeline(out / "denoiser.checkpoint", vae)
+    classifier = torch.load(out / "classifier.pt", weights_only=True)
+    halved = {name: value.half() if value.is_floating_point() else value for name, value in classifier.items()}
+    save_file({name: value.contiguous() for name, value in halved.items()}, CLASSIFIER_WEIGHTS)
+
+
+@app.command()
+@_out
+def export_noisy(out: Path) -> None:
+    """Write the weights that ``noisy`` trained into the package; the autoencoder and the classifier stay."""
+    _export_pipeline(out / "noisy.checkpoint", demo.load().vae)
+
+
+def _export_pipeline(checkpoint: Path, vae: models.AutoencoderKL) -> None:
     module = _TextToLatents()
-    saved = torch.load(out / "denoiser.checkpoint", weights_only=True)
+    saved = torch.load(checkpoint, weights_only=True)
     module.load_state_dict(saved["average"])
+    autoencoder = models.autoencoder()  # a new one, whose configuration names no path
+    autoencoder.load_state_dict(vae.state_dict())
+    autoencoder.register_to_config(scaling_factor=vae.config.scaling_factor)
     pipe = StableDiffusionPipeline(
-        vae=models.AutoencoderKL.from_pretrained(out / "vae"),
+        vae=autoencoder,
         text_encoder=module.text_encoder,
         tokenizer=models.tokenizer(),
         unet=module.unet,
@@ -203,10 +268,7 @@ def export(out: Path) -> None:
         requires_safety_checker=False,
     )
     pipe.to(torch.float16).save_pretrained(demo.WEIGHTS)
-    classifier = torch.load(out / "classifier.pt", weights_only=True)
-    halved = {name: value.half() if value.is_floating_point() else value for name, value in classifier.items()}
-    save_file({name: value.contiguous() for name, value in halved.items()}, CLASSIFIER_WEIGHTS)
-    size = sum(path.stat().st_size for path in [*demo.WEIGHTS.rglob("*"), CLASSIFIER_WEIGHTS] if path.is_file())
+    size = sum(path.stat().st_size for path in demo.WEIGHTS.rglob("*") if path.is_file())
     print(f"denoiser after {saved['steps']} steps; {size / 1e6:.1f} MB in all")
 
 

@@ -23,7 +23,7 @@ PROMPTS = (
     "gates",
     type=GateStep(),
     multiple=True,
-    default=(15, 10, 5),
+    default=(10, 5),
     show_default=True,
     help="First gated step, or a share of the steps such as 0.4; repeat it for more columns.",
 )

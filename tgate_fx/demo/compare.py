@@ -1,4 +1,8 @@
-"""Generate the same pictures ungated and with several gates, and show them side by side with their times."""
+"""Generate the same pictures ungated and with several gates, and show them side by side with their times.
+
+Each gate is shown with T-GATE's rule, the mean of both branches in the cache, and with the one that keeps the prompt:
+the conditional branch in the cache, and guidance that goes on.
+"""
 
 from __future__ import annotations
 
@@ -19,19 +23,24 @@ from ..errors import ArgumentError
 from . import load, tokenizer
 from .grid import grid
 
+_MEAN: dict[str, Any] = {}
+_GUIDED: dict[str, Any] = {"cache_weight": 1.0, "after_gate": "guided"}
+
 
 @dataclass
 class Column:
-    """What was generated with one gate, over all prompts.
+    """What was generated with one gate and rule, over all prompts.
 
     Attributes:
         gate: the gate step, None for ungated.
+        rule: further keywords of the pipeline's call.
         pictures: one for each prompt.
         seconds: the denoiser's seconds for each picture.
         phases: the seconds of single steps, by phase.
     """
 
     gate: int | float | None
+    rule: dict[str, Any] = field(default_factory=dict)
     pictures: list[Image.Image] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     phases: dict[str, list[float]] = field(default_factory=dict)
@@ -39,13 +48,13 @@ class Column:
     @property
     def title(self) -> str:
         """What the column is called."""
-        return "ungated" if self.gate is None else f"gate {self.gate}"
+        return "ungated" if self.gate is None else f"gate {self.gate}, {'guided' if self.rule else 'mean'}"
 
 
 def compare(
     prompts: Sequence[str], gates: Sequence[int | float | None], *, steps: int, seed: int, out: Path, compiled: bool
 ) -> None:
-    """Generate every prompt ungated and with each gate, in turn; write the grid to ``out`` and print the times.
+    """Generate every prompt ungated and with each gate and rule, in turn; write the grid to ``out``, print the times.
 
     Raises:
         ArgumentError: a gate that is none, or a prompt with words that the embedded pipeline does not know.
@@ -59,13 +68,13 @@ def compare(
     else:
         tgate_fx.gate(pipe, gate_step=None)
     console = Console()
-    columns = [Column(gate) for gate in (None, *gates)]
+    columns = [Column(None), *[Column(gate, rule) for gate in gates for rule in (_MEAN, _GUIDED)]]
     console.print("Warming up: " + ("compiling both phases" if compiled else "the first steps are slower"))
-    _generate(pipe, prompts[0], gate=1, steps=2, seed=seed, title="warm-up")
+    _generate(pipe, prompts[0], Column(1), steps=2, seed=seed, title="warm-up")
     for row, prompt in enumerate(prompts):
         for column in columns:
             title = f"{column.title}: {prompt}"
-            picture = _generate(pipe, prompt, gate=column.gate, steps=steps, seed=seed + row, title=title)
+            picture = _generate(pipe, prompt, column, steps=steps, seed=seed + row, title=title)
             column.pictures.append(picture)
             _time(column, tgate_fx.report(pipe).steps)
     reference = statistics.median(columns[0].seconds)
@@ -75,7 +84,7 @@ def compare(
         headings.append(f"{column.title}\n{seconds:.2f} s, {reference / seconds:.2f}x")
     grid([column.pictures for column in columns], headings, list(prompts)).save(out)
     console.print(_table(columns, reference))
-    console.print(f"{out}: rows are prompts; columns are {', '.join(column.title for column in columns)}.")
+    console.print(f"{out}: rows are prompts; columns are {'; '.join(column.title for column in columns)}.")
 
 
 def _check_words(tokenizer: Any, prompt: str) -> None:
@@ -87,10 +96,11 @@ def _check_words(tokenizer: Any, prompt: str) -> None:
         )
 
 
-def _generate(pipe: Any, prompt: str, *, gate: int | float | None, steps: int, seed: int, title: str) -> Image.Image:
+def _generate(pipe: Any, prompt: str, column: Column, *, steps: int, seed: int, title: str) -> Image.Image:
     pipe.set_progress_bar_config(desc=title[:60], leave=False)
     generator = torch.Generator().manual_seed(seed)
-    picture: Image.Image = pipe(prompt, num_inference_steps=steps, gate_step=gate, generator=generator).images[0]
+    rule = {"gate_step": column.gate, **column.rule}
+    picture: Image.Image = pipe(prompt, num_inference_steps=steps, generator=generator, **rule).images[0]
     return picture
 
 
