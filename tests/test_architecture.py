@@ -25,7 +25,8 @@ dispatch network
 step_count report steps phases trend run companions companion_run
 gated
 compiled.cpu compiled.checksum compiled.settings compiled.openvino
-compiled.freed_graphs compiled.frozen_weights compiled.dead_code compiled.onednn compiled.backend
+compiled.freed_graphs compiled.shared_weights compiled.frozen_weights compiled.dead_code compiled.onednn
+compiled.backend
 compiled.guard_policy compiled.untraceable compiled.lora_scales compiled.image_scales
 compiled.variant compiled.whole compiled.regional
 phase_graph ladder

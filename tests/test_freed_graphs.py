@@ -71,6 +71,45 @@ def test_graphs_are_freed_when_weights_change_and_all_else_when_the_pipeline_is_
 
 @pytest.mark.slow
 @pytest.mark.inductor
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="weights are packed by oneDNN")  # type: ignore[no-untyped-call]
+@torch.no_grad()
+def test_frozen_graphs_share_the_packed_weights_that_are_equal() -> None:
+    codecache = pytest.importorskip("torch._inductor.codecache")
+    layers = [nn.Conv2d(8, 16, 3, padding=1), nn.Conv2d(16, 8, 3, padding=1)]
+    layer = nn.Sequential(*layers).requires_grad_(False)
+    other = copy.deepcopy(layer)
+    other[0].weight[0, 0, 0, 0] += 1  # the second weight stays as it is
+    before = len(codecache.PyCodeCache.modules)
+
+    def packed() -> list[torch.Tensor]:
+        collect()
+        made = codecache.PyCodeCache.modules[before:]
+        values = [value for module in made for value in vars(module).values()]
+        return [value for value in values if isinstance(value, torch.Tensor) and value.is_mkldnn]
+
+    values = torch.randn(1, 8, 16, 16)
+    variants = []
+    for computed, expected in ((layer, 2), (layer, 2), (other, 3)):
+
+        def run(values: torch.Tensor, layer: nn.Module = computed) -> torch.Tensor:
+            result: torch.Tensor = layer(values)
+            return result
+
+        variants.append(Variant(run, "phase", CompileSettings(), values.device, FrozenWeights(computed)))
+        for _ in range(2):
+            torch.testing.assert_close(variants[-1](values), computed(values))
+        assert len({id(value) for value in packed()}) == expected
+        assert len(packed()) == 2 * len(variants)
+    held = [weakref.ref(value) for value in packed()]
+    del variants[0]
+    torch.testing.assert_close(variants[0](values), layer(values))
+    variants.clear()
+    collect()
+    assert all(value() is None for value in held)
+
+
+@pytest.mark.slow
+@pytest.mark.inductor
 def test_inductors_modules_of_frozen_graphs_give_up_the_weights() -> None:
     codecache = pytest.importorskip("torch._inductor.codecache")
     layer = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).requires_grad_(False)

@@ -410,6 +410,16 @@ def test_what_benchmarks_count(take: Take) -> None:
     assert torch.equal(private.onednn_product(weights, weights), weights)
 
 
+def test_packed_weights_are_not_shared_where_they_cannot_be_read(take: Take) -> None:
+    weight = torch.eye(4).to_mkldnn()
+    behind = private.packed(weight)
+    assert behind is not None
+    assert behind.data.nbytes == 64
+    for name in ("data_ptr", "_nbytes", "_get_mkldnn_serialized_md"):
+        take(f"torch.ops.mkldnn.{name}")
+        assert private.packed(weight) is None
+
+
 _TABLES = (aot._NEEDED, aot._NEEDED_FOR_PACKED_WEIGHTS)
 NEEDED = sorted({f"{owner}.{name}" for table in _TABLES for owner, names in table.items() for name in names})
 

@@ -7,6 +7,7 @@ Each function says what it is for and what happens where a name is gone: mostly 
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import inspect
 import sys
@@ -14,7 +15,7 @@ import threading
 import types
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -42,6 +43,7 @@ _HOOK_GUARDS = "torch._dynamo.config.skip_nnmodule_hook_guards"
 _DUCK_SHAPE = "torch.fx.experimental._config.use_duck_shape"
 _LOOKUP_BACKEND = "torch._dynamo.lookup_backend"
 _LIST_MODE_OPTIONS = "torch._inductor.list_mode_options"
+_PACKED = tuple(f"torch.ops.mkldnn.{name}" for name in ("data_ptr", "_nbytes", "_get_mkldnn_serialized_md"))
 _FAIL_AT_LIMIT = "torch._dynamo.config.fail_on_recompile_limit_hit"
 
 # The names without which results would be wrong: what each is needed for, and what to do instead.
@@ -378,6 +380,22 @@ def fail_at_recompile_limit() -> AbstractContextManager[Any]:
     """
     _require(_FAIL_AT_LIMIT)
     return _patch(torch._dynamo.config, fail_on_recompile_limit_hit=True)
+
+
+class Packed(NamedTuple):
+    """A tensor in oneDNN's layout: the memory behind it, and oneDNN's description of how it is laid out."""
+
+    data: memoryview
+    description: bytes
+
+
+def packed(tensor: torch.Tensor) -> Packed | None:
+    """Return what is behind a tensor in oneDNN's layout. Without the names: None, and graphs share no weights."""
+    address, size, described = map(find, _PACKED)
+    if address is None or size is None or described is None:
+        return None
+    data = memoryview((ctypes.c_ubyte * size(tensor)).from_address(address(tensor)))
+    return Packed(data, bytes(described(tensor).tolist()))
 
 
 def graphs_and_breaks() -> tuple[int, int]:

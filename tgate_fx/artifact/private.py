@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 
 from ..errors import UnsupportedError
-from ..private import find
+from ..private import find, packed
 
 # The option that makes torch return the constants beside the code, by its name in torch 2.9, or since; nothing is
 # pickled.
@@ -152,15 +152,11 @@ class Structure(NamedTuple):
         return self.spec.unflatten(leaves)
 
 
-def packed_bytes(tensor: torch.Tensor) -> memoryview:
-    """Return the memory behind a tensor in oneDNN's layout."""
-    address, size = torch.ops.mkldnn.data_ptr(tensor), torch.ops.mkldnn._nbytes(tensor)
-    return memoryview((ctypes.c_ubyte * size).from_address(address))
-
-
-def packing_of(tensor: torch.Tensor) -> str:
-    """Return oneDNN's description of how a tensor is laid out."""
-    return base64.b64encode(bytes(torch.ops.mkldnn._get_mkldnn_serialized_md(tensor).tolist())).decode()
+def packed_with_description(tensor: torch.Tensor) -> tuple[memoryview, str]:
+    """Return the memory behind a tensor in oneDNN's layout, and oneDNN's description of it as text."""
+    behind = packed(tensor)
+    assert behind is not None  # see `check_torch`
+    return behind.data, base64.b64encode(behind.description).decode()
 
 
 def packed_tensor(data: torch.Tensor, dtype: str, shape: Sequence[int], stride: Sequence[int], packing: str) -> Any:

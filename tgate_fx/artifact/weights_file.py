@@ -59,7 +59,7 @@ class WeightsWriter:
             "shape": list(view.shape),
             "stride": list(view.stride()),
             "offset": view.storage_offset(),
-            "packed": private.packing_of(view) if view.is_mkldnn else None,
+            "packed": private.packed_with_description(view)[1] if view.is_mkldnn else None,
         }
         return {**entry, "checksum": _seal(bits, entry)}
 
@@ -96,7 +96,7 @@ def _seal(bits: int, said: Mapping[str, Any]) -> str:
 def _bytes(tensor: torch.Tensor) -> memoryview:
     """Return the memory behind a tensor, all of its storage."""
     if tensor.is_mkldnn:
-        return private.packed_bytes(tensor)
+        return private.packed_with_description(tensor)[0]
     storage = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
     return storage.cpu().numpy().data
 

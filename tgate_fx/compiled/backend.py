@@ -11,7 +11,7 @@ import torch
 
 from .. import private
 from ..errors import CompileError
-from . import openvino
+from . import openvino, shared_weights
 from .dead_code import may_have_an_effect, remove_dead_code
 from .freed_graphs import made_modules, release_with
 from .frozen_weights import FrozenWeights
@@ -60,6 +60,7 @@ class PrunedBackend:
             weights.add([tensor for name, tensor in tensors if name in read])
         with made_modules() as modules:
             compiled = self._compile(graph, list(itertools.compress(inputs, used)), kwargs)
+        shared_weights.share(modules)
         count = sum(used)
 
         def run(*args: Any) -> Any:
