@@ -135,9 +135,9 @@ def compile(
         backend, mode, options: handed on to torch.compile. With inductor on a CPU, ``options["freezing"]`` is on unless
             ``mode`` is given or ``options={"freezing": False}``: it packs the weights for this CPU, and is what makes
             inductor faster than eager there. Packed weights are there once for all phases where they are packed alike;
-            weights that change later are noticed, and compiled again. ``"openvino"`` computes by OpenVINO's CPU plugin (not by torch's
-            backend of that name, see `tgate_fx.compiled.openvino`), whose graphs are frozen too; ``options`` are then
-            properties for its ``compile_model``.
+            weights that change later are noticed, and compiled again. ``"openvino"`` computes by OpenVINO's CPU plugin
+            (not by torch's backend of that name, see `tgate_fx.compiled.openvino`), whose graphs are frozen too;
+            ``options`` are then properties for its ``compile_model``.
         dynamic: True for graphs that serve all sizes (of PixArt, with ``regional`` only); None or False for graphs of
             each.
         regional: compile the denoiser's repeated blocks, one graph for all that are alike, and run what is between
