@@ -44,12 +44,17 @@ def lora(seed: int) -> dict[str, torch.Tensor]:
     }
 
 
+def copied(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """New tensors: those that are loaded become the adapter's parameters, which the next hotswap writes to."""
+    return {name: value.clone() for name, value in weights.items()}
+
+
 def measure(settings: dict[str, Any] | None, weights: list[dict[str, torch.Tensor]], switches: int) -> dict[str, Any]:
     """Seconds of images before a switch, of the switch itself, and of the first image after it."""
     pipe = demo.load()
     pipe.set_progress_bar_config(disable=True)
     pipe.enable_lora_hotswap(target_rank=RANK)
-    pipe.load_lora_weights(dict(weights[0]), adapter_name="one")
+    pipe.load_lora_weights(copied(weights[0]), adapter_name="one")
     if settings is None:
         tgate_fx.gate(pipe, GATE)
     else:
@@ -65,8 +70,9 @@ def measure(settings: dict[str, Any] | None, weights: list[dict[str, torch.Tenso
     graphs = tgate_fx.report(pipe).compiled_graphs
     swapping, after = [], []
     for index in range(1, switches + 1):
+        given = copied(weights[index % 2])
         started = time.perf_counter()
-        pipe.load_lora_weights(dict(weights[index % 2]), adapter_name="one", hotswap=True)
+        pipe.load_lora_weights(given, adapter_name="one", hotswap=True)
         swapping.append(time.perf_counter() - started)
         after.append(image())
     return {
