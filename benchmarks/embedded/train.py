@@ -106,14 +106,7 @@ def denoiser(out: Path, steps: int, batch: int, compiled: bool) -> None:
     known = scenes(_TRAINING_SCENES, seed=_SEED, held_out=False)
     error_of = _DenoisingError(module, known, _latents(known, out), compiled=compiled)
 
-    def loss_of(step: int) -> torch.Tensor:
-        rng = torch.Generator().manual_seed(step)
-        words = random.Random(step)
-        chosen = torch.randint(len(known), (batch,), generator=rng)
-        captions = ["" if words.random() < _DROPPED else known[i].caption(words) for i in chosen.tolist()]
-        return error_of(chosen, captions, rng)
-
-    train(module, loss_of, Plan(steps, 8e-4), out, "denoiser")
+    train(module, lambda step: error_of(step, batch), Plan(steps, 8e-4), out, "denoiser")
 
 
 @app.command()
@@ -132,28 +125,29 @@ def noisy(out: Path, steps: int, batch: int, count: int, compiled: bool) -> None
     known = scenes(count, seed=_SEED, held_out=False)
     error_of = _DenoisingError(module, known, _latents(known, out), compiled=compiled)
 
-    def loss_of(step: int) -> torch.Tensor:
-        rng = torch.Generator().manual_seed(step)
-        words = random.Random(step)
-        chosen = torch.randint(len(known), (batch,), generator=rng)
-        said = [words.randrange(len(known)) if words.random() < _MISTAKEN else i for i in chosen.tolist()]
-        captions = ["" if words.random() < _DROPPED else known[i].caption(words) for i in said]
-        return error_of(chosen, captions, rng)
-
-    train(module, loss_of, Plan(steps, 4e-4), out, "noisy")
+    train(module, lambda step: error_of(step, batch, mistaken=_MISTAKEN), Plan(steps, 4e-4), out, "noisy")
 
 
 class _DenoisingError:
-    """The loss of a batch of pictures and what is said of each."""
+    """The loss of a step: of pictures that its number chooses, and of what is said of each."""
 
     def __init__(self, module: _TextToLatents, known: list[Scene], latents: torch.Tensor, *, compiled: bool) -> None:
-        self._text_encoder, self._latents = module.text_encoder, latents
+        self._text_encoder, self._known, self._latents = module.text_encoder, known, latents
         self._unet = torch.compile(module.unet, fullgraph=True) if compiled else module.unet
         self._tokenizer = models.tokenizer()
         self._noising = DDPMScheduler.from_config(models.scheduler().config)
         self._snr = self._noising.alphas_cumprod / (1 - self._noising.alphas_cumprod)
 
-    def __call__(self, chosen: torch.Tensor, captions: list[str], rng: torch.Generator) -> torch.Tensor:
+    def __call__(self, step: int, batch: int, mistaken: float = 0.0) -> torch.Tensor:
+        """The loss where this share of the captions is another picture's."""
+        rng = torch.Generator().manual_seed(step)
+        words = random.Random(step)
+        chosen = torch.randint(len(self._known), (batch,), generator=rng)
+        # Without mistakes no number is drawn for them, so that the captions of a step stay what they were.
+        said = [
+            words.randrange(len(self._known)) if mistaken and words.random() < mistaken else i for i in chosen.tolist()
+        ]
+        captions = ["" if words.random() < _DROPPED else self._known[i].caption(words) for i in said]
         tokens = self._tokenizer(
             captions, padding="max_length", max_length=models.TOKENS, return_tensors="pt"
         ).input_ids
