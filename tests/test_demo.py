@@ -130,6 +130,17 @@ def test_the_tables_of_quality_are_those_of_the_results() -> None:
     assert written == page(json.loads(QUALITY.read_text()), len(points()))
 
 
+def test_what_a_rule_loses_is_counted_picture_by_picture() -> None:
+    measured = {row["name"]: row for row in json.loads(QUALITY.read_text())["points"]}
+    for point in points():
+        row, ungated = measured.get(point.name), measured.get(point.reference.name)
+        if row is None or ungated is None or row is ungated:
+            continue
+        assert row["lost"] == pytest.approx(ungated["accuracy"] - row["accuracy"], abs=1e-9)
+        apart = math.hypot(row["standard_error"], ungated["standard_error"])
+        assert 0 < row["lost_standard_error"] < apart
+
+
 def test_words_that_it_does_not_know(pipe: Any) -> None:
     rng = random.Random(0)
     assert not any(unknown_words(pipe.tokenizer, random_scene(rng).caption(rng)) for _ in range(200))

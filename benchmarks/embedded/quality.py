@@ -15,7 +15,7 @@ import json
 import os
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import diffusers
@@ -117,9 +117,9 @@ def report(work: Path, count: int) -> None:
     floor, _ = _drawn(classifier, count, seed=_SEED + 2)
     rows = {row["name"]: row for row in _committed()}
     for point in points():
-        parts = [_part(work, point, start) for start in range(0, count, _BATCH)]
-        if all(part.exists() for part in parts):
-            rows[point.name] = _row(point, [dict(np.load(part)) for part in parts], reference)
+        measured, ungated = _measured(work, point, count), _measured(work, point.reference, count)
+        if measured and ungated:
+            rows[point.name] = _row(point, measured, ungated, reference)
     result = {
         "what": "embedded pipeline, held-out captions, batches of 50",
         "weights": _weights(),
@@ -136,33 +136,63 @@ def report(work: Path, count: int) -> None:
     print(f"{len(rows)} of {len(points())} points are in {RESULTS.with_suffix('.md')}")
 
 
-def _row(point: Point, parts: list[dict[str, np.ndarray]], reference: np.ndarray) -> dict[str, Any]:
-    """What a point's pictures show; [attributes, pictures] is 1 where right, 0 where not, NaN where nothing is said."""
-    joined = {key: np.concatenate([part[key] for part in parts]) for key in parts[0] if key != "images"}
-    features, gates, rows = (joined.pop(name) for name in ("features", "gate", "rows"))
-    psnr = joined.pop("psnr", None)
-    right = np.stack(list(joined.values()))
+class _Measured(NamedTuple):
+    """What was kept of a point's pictures, but not these.
+
+    Attributes:
+        features: the classifier's, one row a picture.
+        gate: for each batch, the gate step that held; -1 for none.
+        rows: for each batch, the rows a step.
+        psnr: in dB, of each picture; None of ungated ones.
+        right: by attribute, for each picture 1 where right, 0 where not, NaN where its caption says nothing.
+    """
+
+    features: np.ndarray
+    gate: np.ndarray
+    rows: np.ndarray
+    psnr: np.ndarray | None
+    right: dict[str, np.ndarray]
+
+
+def _measured(work: Path, point: Point, count: int) -> _Measured | None:
+    """Put the batches of a point together; None unless it is complete."""
+    paths = [_part(work, point, start) for start in range(0, count, _BATCH)]
+    if not all(path.exists() for path in paths):
+        return None
+    parts = [np.load(path) for path in paths]
+    joined = {key: np.concatenate([part[key] for part in parts]) for key in parts[0].files if key != "images"}
+    features, gate, rows = (joined.pop(name) for name in ("features", "gate", "rows"))
+    return _Measured(features, gate, rows, joined.pop("psnr", None), joined)
+
+
+def _row(point: Point, measured: _Measured, ungated: _Measured, reference: np.ndarray) -> dict[str, Any]:
+    """What a point's pictures show, also beside the ungated ones of the same captions and noise."""
+    right = np.stack(list(measured.right.values()))
+    lost = None if point == point.reference else np.stack([ungated.right[name] for name in measured.right]) - right
+    psnr = measured.psnr
     return {
         "name": point.name,
         "rule": point.rule,
         "gate": point.gate,
         "scheduler": point.scheduler,
         "guidance_scale": point.scale,
-        "pictures": len(features),
+        "pictures": len(measured.features),
         "accuracy": float(np.nanmean(right)),
         "standard_error": _standard_error(right),
+        "lost": None if lost is None else float(np.nanmean(lost)),
+        "lost_standard_error": None if lost is None else _standard_error(lost),
         "all_right": float(np.mean(np.nanmin(right, axis=0))),
-        "by_attribute": {name: float(np.nanmean(values)) for name, values in joined.items()},
-        "frechet": frechet_distance(features, reference),
+        "by_attribute": {name: float(np.nanmean(values)) for name, values in measured.right.items()},
+        "frechet": frechet_distance(measured.features, reference),
         "psnr": None if psnr is None else float(psnr.mean()),
         "psnr_standard_error": None if psnr is None else float(psnr.std(ddof=1) / np.sqrt(len(psnr))),
-        "rows": float(rows.mean()),
-        "opened": float(gates.mean()) if point.gate == "auto" else None,
+        "rows": float(measured.rows.mean()),
+        "opened": float(measured.gate.mean()) if point.gate == "auto" else None,
     }
 
 
 def _standard_error(right: np.ndarray) -> float:
-    """Of the share of right attributes [attributes, pictures], with pictures as the unit that was sampled."""
+    """Of the mean over attributes and pictures [attributes, pictures], with pictures as the unit that was sampled."""
     hits, asked = np.nansum(right, axis=0), np.sum(~np.isnan(right), axis=0)
     share = hits.sum() / asked.sum()
     residual = hits - share * asked
