@@ -157,6 +157,13 @@ class Network:
     computed: list[tuple[int, Any]] = field(default_factory=list)  # what counts, after the gate
     forecast: int = 0  # how many steps were extrapolated
 
+    def last_full(self, step: int, full: tuple[int, ...]) -> int:
+        """The last step up to this one of which nothing is replaced."""
+        assert self.gate is not None
+        if step < self.gate:
+            return step
+        return max([self.gate - 1, *[each for each in full if self.gate <= each <= step]])
+
     def extrapolated(self, step: int) -> Any:
         """What the last two outputs that count say of a step."""
         *earlier, (last, output) = self.computed
@@ -188,6 +195,7 @@ def gated(
     forecast: int = 1,
     steps: int | None = None,
     level: Callable[[int], float] | None = None,
+    full: tuple[int, ...] = (),
 ) -> Any:
     """Generate with the gate.
 
@@ -208,6 +216,7 @@ def gated(
         steps: how many there are, for that.
         level: for guidance that goes on, by a step's index: what a difference of predictions times this is one of
             noise.
+        full: steps after the gate of which nothing is replaced, and what they give is kept from there on.
     """
     position = {"calls": -1}
     # From the order of the branches to unconditional, conditional, and back.
@@ -226,10 +235,7 @@ def gated(
         def keep_or_replace(name: str, network: Network) -> Any:
             def hook(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
                 step, call = divmod(position["calls"], calls)
-                assert network.gate is not None
-                if step < network.gate - 1:
-                    return output
-                if step == network.gate - 1:
+                if network.last_full(step, full) == step:
                     network.kept[name, call] = output
                     return output
                 kept = network.kept[name, 0]
@@ -242,12 +248,14 @@ def gated(
         def answer(module: nn.Module, args: Any, output: Any, network: Network = network) -> Any:
             step, call = divmod(position["calls"], calls)
             assert network.gate is not None
-            if step < network.gate:
-                if level is not None and step == network.gate - 1:
-                    network.before[call] = output
+            last = network.last_full(step, full)
+            if last == step:
+                network.before[call] = output
+                if call == 0 and step >= network.gate:
+                    network.computed.append((step, mapped(torch.clone, output)))
                 return output
             if call == 0:
-                computed = (step - network.gate) % forecast == 0 or step + 1 == steps
+                computed = (step - max(last, network.gate)) % forecast == 0 or step + 1 == steps
                 if computed:
                     network.computed.append((step, mapped(torch.clone, output)))
                 else:
@@ -257,18 +265,18 @@ def gated(
             if form in ("batch", "reversed"):
                 if level is None:
                     return mapped(lambda tensor: torch.cat([tensor.chunk(2)[half]] * 2), output)
-                (full,) = network.before.values()
-                factor = level(network.gate - 1) / level(step)
+                (both,) = network.before.values()
+                factor = level(last) / level(step)
 
                 def guided(now: torch.Tensor, then: torch.Tensor) -> torch.Tensor:
                     unconditional, conditional = then.chunk(2)[ordered]
                     own = now.chunk(2)[half]
                     return torch.cat([own - factor * (conditional - unconditional), own][ordered])
 
-                return both_mapped(guided, output, full)
+                return both_mapped(guided, output, both)
             if level is None or call == 0 or calls == 1:
                 return network.first_output
-            factor = level(network.gate - 1) / level(step)
+            factor = level(last) / level(step)
             difference = both_mapped(torch.sub, network.before[0], network.before[1])
             return both_mapped(lambda own, ahead: own - factor * ahead, network.first_output, difference)
 
@@ -281,14 +289,16 @@ def gated(
     handles += [
         handle
         for each in companions or ()
-        for handle in _companion_hooks(each, position, gate, companions_form, weight)
+        for handle in _companion_hooks(each, position, gate, companions_form, weight, full)
     ]
     with hooked(*handles):
         return generate()
 
 
-def _companion_hooks(network: Network, position: dict[str, int], gate: int, form: str, weight: float) -> list[Any]:
-    """Hooks that replace what the sites give from the gate on, or from the step after the first one that comes later.
+def _companion_hooks(
+    network: Network, position: dict[str, int], gate: int, form: str, weight: float, full: tuple[int, ...]
+) -> list[Any]:
+    """Hooks that replace what the sites give after each full step, or after the first one that comes later.
 
     Args:
         network: the companion.
@@ -296,15 +306,19 @@ def _companion_hooks(network: Network, position: dict[str, int], gate: int, form
         gate: the first gated step.
         form: "batch" or "none".
         weight: of the conditional branch.
+        full: steps after the gate of which nothing is replaced.
     """
     kept_at: dict[str, int] = {}
 
     def keep_or_replace(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
             step = position["calls"] + 1
-            if step < gate - 1:
+            last = max([gate - 1, *[each for each in full if gate <= each <= step]])
+            if step < last:
                 return output
-            if kept_at.setdefault(name, step) == step:
+            if kept_at.get(name, -1) < last:
+                kept_at[name] = step
+            if kept_at[name] == step:
                 network.kept[name, 0] = output
                 return output
             kept = network.kept[name, 0]

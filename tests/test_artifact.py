@@ -361,7 +361,7 @@ def flip(path: Path) -> None:
         (lambda path: (path / "1.pt2").unlink(), "1.pt2 is missing"),
         (lambda path: truncate(path / "manifest.json"), "No complete artifact"),
         (lambda path: (path / "manifest.json").unlink(), "No complete artifact"),
-        (in_text('"format": 9', '"format": 99'), "has format 99: expected 9"),
+        (in_text('"format": 10', '"format": 99'), "has format 99: expected 10"),
         (lambda path: truncate(path / "constants.bin"), "constants.bin is"),
         (lambda path: flip(path / "constants.bin"), "and not as it was written"),
         (in_text('"gate_step": 3', '"gate_step": 4'), "manifest.json is not as it was written"),

@@ -32,7 +32,11 @@ FORMS = (
     "SanaSprintPipeline",
     "StableDiffusionControlNetPipeline",
 )
-RULES: tuple[dict[str, Any], ...] = ({"after_gate": "both"}, {"after_gate": "guided", "forecast": 2})
+RULES: tuple[dict[str, Any], ...] = (
+    {"after_gate": "both"},
+    {"after_gate": "guided", "forecast": 2},
+    {"after_gate": "guided", "full_steps": (3,)},
+)
 
 
 @pytest.fixture(autouse=True)

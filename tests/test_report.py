@@ -76,6 +76,7 @@ CROSS, SELF, DEEP = (f"{kind} cached" for kind in ("cross-attention", "self-atte
         ({}, ["guidance dropped", CROSS]),
         ({"after_gate": "both"}, [CROSS]),
         ({"forecast": 2}, ["guidance dropped", CROSS, "steps forecast"]),
+        ({"gate_step": 2, "full_steps": (4,)}, ["guidance dropped", CROSS]),
         ({"gate_step": None, "guidance": (1, 4)}, ["guidance dropped"]),
         ({"sp_interval": 2, "fi_interval": 2}, ["guidance dropped", CROSS, SELF]),
         ({"deepcache": tgate_fx.DeepCache(interval=2, branch=0)}, ["guidance dropped", CROSS, DEEP]),

@@ -70,7 +70,7 @@ def test_a_gated_pipeline_is_still_of_its_class() -> None:
     assert "gate_step" not in inspect.signature(cls.__call__).parameters
     gated = inspect.signature(pipe.__call__).parameters
     added = {"gate_step", "sp_interval", "fi_interval", "warm_up", "after_gate", "cache_weight", "forecast", "guidance"}
-    assert set(gated) == {*inspect.signature(tiny.sd().__call__).parameters, *added}
+    assert set(gated) == {*inspect.signature(tiny.sd().__call__).parameters, *added, "full_steps"}
     assert gated["gate_step"].kind is inspect.Parameter.KEYWORD_ONLY
     assert set(pipe.components) == set(tiny.sd().components)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from .auto_gate import AutoGate
 from .errors import ArgumentError, as_int
@@ -54,6 +54,17 @@ def checked_window(value: object) -> tuple[int, int]:
         f"guidance={value!r} is no span of steps: expected (start, stop), two ints with 0 ≤ start < stop: the first "
         "step with guidance, and the first one without it again; or None for guidance at every step."
     )
+
+
+def checked_steps(name: str, value: object) -> tuple[int, ...]:
+    """Return indices of steps as a tuple of ints ≥ 0 in order; raise `ArgumentError` if a value is not such indices."""
+    given = tuple(value) if isinstance(value, Sequence) and not isinstance(value, (str, bytes)) else (None,)
+    steps = tuple(step for step in map(as_int, given) if step is not None and step >= 0)
+    if len(steps) < len(given):
+        raise ArgumentError(
+            f"{name}={value!r} are no steps: expected indices of steps, ints ≥ 0, in a tuple such as (7, 10)."
+        )
+    return tuple(sorted(set(steps)))
 
 
 def refuse_together(setting: str, others: Iterable[tuple[str, bool]], why: str) -> None:

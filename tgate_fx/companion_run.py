@@ -13,8 +13,8 @@ from .schedule import Schedule, Step
 class CompanionRun(Run):
     """One generation, seen from one companion.
 
-    Only cross-attention is cached. A companion that was left out at the last step before the gate computes all of its
-    next one, and is gated from the one after that.
+    Only cross-attention is cached. A companion that was left out at the last full step computes all of its next one,
+    and is gated from the one after that.
     """
 
     _last: int | None = None  # the index of the step that it ran last
@@ -52,11 +52,11 @@ class CompanionRun(Run):
         self.steps.announce(timestep)
         if self.loop == self.steps.loop and self._follows is not self.steps.schedule:
             self._follow()
-        gate, index = self.schedule.gate_step, self.steps.index
-        if self.loop == self.steps.loop and self._last is not None and isinstance(gate, int):
-            captured_at = gate - 1
-            if self._last < captured_at < index:
-                self.schedule = self.schedule.begun_at(index)
+        index = self.steps.index
+        if self.loop != self.steps.loop or self._last is None:
+            return
+        if self._last < self.schedule.at(index).full_at < index:
+            self.schedule = self.schedule.begun_at(index)
 
     def note(self, started: Any, phase: str, rows: int, compiled: int) -> None:
         """Note the call that has ended, beside the step that it is for."""

@@ -34,6 +34,7 @@ _FOR_ONE_CALL = (
     "cache_weight",
     "forecast",
     "guidance",
+    "full_steps",
 )
 
 

@@ -45,6 +45,7 @@ def gate(
     cache_weight: float = 0.5,
     forecast: int = 1,
     guidance: tuple[int, int] | None = None,
+    full_steps: Sequence[int] = (),
     gate_companions: bool = True,
 ) -> Pipeline:
     """Gate a diffusers pipeline, without compiling it.
@@ -69,20 +70,24 @@ def gate(
         after_gate: which guidance branch goes on after the gate. "negative" or "positive": that branch alone; they
             differ only where the conditioning reaches the denoiser in another way than by cross-attention, as in SDXL.
             "guided": the conditional branch alone, and guidance goes on with the difference of the branches at the last
-            step before the gate, held constant as noise (see `tgate_fx.held_difference`), which for a flow must not be
-            the first of all. "both": the whole batch with a cache for each branch, and guidance goes on. None is
+            full step, held constant as noise (see `tgate_fx.held_difference`), which for a flow must not be the first
+            of all. "both": the whole batch with a cache for each branch, and guidance goes on. None is
             upstream's rule where it has one ("positive" for Stable Video Diffusion, "negative" for other Stable
             Diffusion and PixArt), "positive" for all others, and with ``cache_weight=1.0``. Where the other branch has
             zeros in place of control (``guess_mode``, GLIGEN's boxes), "positive" goes on in place of "negative".
         cache_weight: what is cached where one branch goes on: ``lerp(unconditional, conditional, cache_weight)`` of the
             branches' outputs, from 0 to 1. 0.5 is T-GATE's mean, 1.0 the conditional branch's own. It changes no graph.
-        forecast: from the gate on, the denoiser is computed at every such step, counted from the gate, and at the last
-            one; between, its output goes on in a straight line from the last two that were computed. Not together with
-            ``fi_interval``, ``deepcache``, ``after_gate="both"`` or a scheduler of order 2.
+        forecast: from the gate on, the denoiser is computed at every such step, counted from the gate and from each of
+            ``full_steps``, and at the last one; between, its output goes on in a straight line from the last two that
+            were computed. Not together with ``fi_interval``, ``deepcache``, ``after_gate="both"`` or a scheduler of
+            order 2.
         guidance: ``(start, stop)``, the steps with guidance: at the others the conditional branch alone is computed,
             with live cross-attention before the gate and with ``gate_step=None`` (a guidance interval, Kynkäänniemi et
             al., arXiv:2404.07724). The gate ends it too. It takes one graph more. Not together with the intervals or
             ``deepcache``.
+        full_steps: indices of steps that are computed in full after the gate too, with all branches and text, as the
+            last step before it is: what is cached is renewed there, and so is the difference that is held. They keep
+            the prompt after an early gate, and count for nothing before it.
         gate_companions: after the gate, ControlNets too run on the branch that goes on, with their cross-attentions
             cached; False lets them compute the whole batch at every step.
 
@@ -96,7 +101,16 @@ def gate(
     """
     networks = _networks(pipe, deepcache)
     schedule = Schedule(
-        gate_step, sp_interval, fi_interval, warm_up, *_deep(deepcache), after_gate, cache_weight, forecast, guidance
+        gate_step,
+        sp_interval,
+        fi_interval,
+        warm_up,
+        *_deep(deepcache),
+        after_gate,
+        cache_weight,
+        forecast,
+        guidance,
+        full_steps,
     )
     _attach(pipe, schedule, networks, gate_companions, EagerPhases)
     return pipe
@@ -115,6 +129,7 @@ def compile(
     cache_weight: float = 0.5,
     forecast: int = 1,
     guidance: tuple[int, int] | None = None,
+    full_steps: Sequence[int] = (),
     gate_companions: bool = True,
     backend: str | Callable[..., Any] = "inductor",
     mode: str | None = None,
@@ -131,7 +146,7 @@ def compile(
 
     Args:
         pipe, gate_step, sp_interval, fi_interval, warm_up, deepcache, after_gate, cache_weight, forecast, guidance,
-            gate_companions: as for `gate`.
+            full_steps, gate_companions: as for `gate`.
         backend, mode, options: handed on to torch.compile. With inductor on a CPU, ``options["freezing"]`` is on unless
             ``mode`` is given or ``options={"freezing": False}``: it packs the weights for this CPU, and is what makes
             inductor faster than eager there. Packed weights are there once for all phases where they are packed alike;
@@ -156,7 +171,16 @@ def compile(
     settings = CompileSettings(backend, mode, dynamic, options, regional)
     networks = _networks(pipe, deepcache)
     schedule = Schedule(
-        gate_step, sp_interval, fi_interval, warm_up, *_deep(deepcache), after_gate, cache_weight, forecast, guidance
+        gate_step,
+        sp_interval,
+        fi_interval,
+        warm_up,
+        *_deep(deepcache),
+        after_gate,
+        cache_weight,
+        forecast,
+        guidance,
+        full_steps,
     )
     phases = RegionalPhases if regional else WholePhases
     _attach(pipe, schedule, networks, gate_companions, lambda network: phases(network, settings))
@@ -212,7 +236,7 @@ def report(pipe: Any, *, ladder: bool = False) -> Report:
         steps=steps,
         compiled_graphs=sum(each.phases.graphs for each in gated.all),
         recompiles=sum(each.phases.recompiles for each in gated.all),
-        gate=next((step.index for step in steps if step.phase.startswith("post-gate")), None),
+        gate=next((step.index for step in steps if step.phase.startswith(("post-gate", "forecast"))), None),
         sites=sum(len(each.network.cached_sites(schedule)) for each in gated.networks),
         compiler=gated.networks[0].phases.describe(),
         cache_bytes=sum(each.cache.nbytes for each in gated.all),

@@ -18,8 +18,8 @@ class StepReport:
 
     Attributes:
         index: which evaluation of the denoiser this was, from 0.
-        phase: "pre-gate" or "post-gate", and ", self-attention reused" or ", shallow" where more is cached; "forecast"
-            where the denoiser did not run.
+        phase: "pre-gate" where all is computed, which single steps may be after the gate too, or "post-gate"; with
+            ", self-attention reused" or ", shallow" where more is cached; "forecast" where the denoiser did not run.
         batch: the rows that the denoiser computed, in all calls of the step; 0 if it did not run.
         seconds: how long the denoiser took. On CUDA the time between two events on the stream; elsewhere wall-clock.
         compiled: graphs compiled within this step; its seconds include compiling them.

@@ -61,6 +61,7 @@ class Run:
 
     _held: HeldDifference | None = None
     _first_output: Any = None  # of the last full step
+    _slot_since: int
 
     def __init__(self, gated: GatedNetwork, steps: Steps) -> None:
         self.network = gated.network
@@ -109,7 +110,7 @@ class Run:
         graphs, rows = self.phases.graphs, 0
         if self.computes(step):
             output, rows = self._compute(step, call, inputs, guided)
-            if step.gated and self.schedule.forecast > 1:
+            if step.is_base and (step.one_branch or not guided):
                 self._forecast.add(index, output)
         else:
             output = self.forecast_at(index)
@@ -127,10 +128,11 @@ class Run:
         if sliced:
             inputs = self._guidance.one_branch(inputs, rows, gated=step.gated)
             rows = self._guidance.rows_kept(rows)
-        at_the_gate = step.one_branch and self.steps.index == self.schedule.gate_step
-        if at_the_gate and not guided and self._cached[_OWN][Kind.CROSS_ATTENTION]:
-            self._slot = _OWN
-        slot = self._slot if step.one_branch else min(call, _OWN)
+        if step.gated and step.one_branch and self._slot_since != step.full_at:  # the first one since then
+            unblended = not guided and self._cached[_OWN][Kind.CROSS_ATTENTION]
+            self._slot = _OWN if unblended else 0
+            self._slot_since = step.full_at
+        slot = min(call, _OWN) if not step.one_branch else self._slot if step.gated else 0
         cache = self._cache_for(step, slot, (rows, *latents.shape[1:]))
         if step.phase not in self.examples:
             self.examples[step.phase] = example(step, cache, inputs)
@@ -142,15 +144,18 @@ class Run:
         return output, rows
 
     def _compare(self, step: Step, call: int, output: Any, timestep: Any) -> None:
-        """Note how the branches differ at a full step, where a later one depends on it."""
+        """Note what the branches predict at a full step, where a later one depends on it."""
         holds = self._held is not None and step.keep[Kind.CROSS_ATTENTION]
-        if not holds and self.steps.watch is None:
+        if not holds and not step.is_base and self.steps.watch is None:
             return
         self._first_output = output if call == 0 else self._first_output
         if self._guidance.has_other_branch(True):
             conditional, unconditional = self._guidance.pair(output, self._first_output)
             if self._held is not None and holds:
                 self._held.capture(conditional, unconditional, timestep)
+            if step.is_base:
+                own = unconditional if self.schedule.branch == "negative" else conditional
+                self._forecast.add(self.steps.index, own)
             self.compare(conditional, unconditional)
 
     def compare(self, conditional: Any, unconditional: Any) -> None:
@@ -204,6 +209,7 @@ class Run:
         self._guided_rows = 0
         self._first_guided: int | None = None
         self._slot = 0  # from the gate on, where one branch goes on
+        self._slot_since = -1  # the full step from which on that is the slot
         self._trends: dict[int, Trend] = {}  # of the deep branch, by the slot
         self._forecast = Forecast()
         self._held = None
@@ -250,7 +256,7 @@ class Run:
     def _keep(self, step: Step, slot: int, captured: Cache, latents: torch.Tensor, guided: bool, sliced: bool) -> None:
         """Copy what was captured into the static cache; of two branches into one's, if one goes on."""
         shape = latents.shape[1:]
-        # The next step is the first gated one, and both branches were still computed.
+        # The next step is gated, and both branches were still computed.
         last = self.schedule.one_branch and step.keep[Kind.CROSS_ATTENTION]
         merges = last and not sliced and self._guidance.has_other_branch(guided)
         rows = latents.shape[0]

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from .auto_gate import AutoGate
-from .checked import checked_gate_step, checked_weight, checked_window, refuse_together
+from .checked import checked_gate_step, checked_steps, checked_weight, checked_window, refuse_together
 from .errors import ArgumentError, checked_count, checked_order
 from .roles import Kind, Role, Roles
 
@@ -24,12 +25,14 @@ class Step(NamedTuple):
     """What one step does.
 
     Attributes:
-        phase: what the report calls it: "pre-gate" or "post-gate", and what it reuses besides.
+        phase: what the report calls it: "pre-gate" for a full step or "post-gate", and what it reuses besides.
         roles: what the sites do.
         keep: for each kind of site, whether what it captures is kept for later steps.
-        gated: whether it is after the gate.
+        gated: whether it is after the gate and not computed in full.
         computed: whether the denoiser runs at all: at the other steps its output is forecast.
         one_branch: whether one guidance branch alone is computed: after the gate, or where there is to be no guidance.
+        full_at: the index of the last step up to this one that was computed in full.
+        is_base: whether later outputs are forecast from this one's.
     """
 
     phase: str
@@ -38,6 +41,8 @@ class Step(NamedTuple):
     gated: bool
     computed: bool = True
     one_branch: bool = False
+    full_at: int = 0
+    is_base: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,14 +57,17 @@ class Schedule:
         fi_interval: from the gate on, self-attention is computed at every multiple of this.
         warm_up: the first step whose self-attention is cached.
         deep_interval: the deep branch of the UNet is computed at every multiple of this, counted anew from the last
-            step before the gate and from the gate; None: always.
+            step before the gate and from the gate, and from the step after each full one; None: always.
         deep_order: what stands in for it between: 0 for the last one, 1 for the straight line through the last two.
         after_gate: which guidance branch goes on after the gate: "negative", "positive" or "both"; "guided" is
             "positive", with the difference of the branches held; None for what `settled` says.
         cache_weight: of the conditional branch, in what is cached of both; the unconditional one has the rest.
-        forecast: from the gate on the denoiser is computed at every such step, and at the last one.
+        forecast: from the gate on the denoiser is computed at every such step, counted anew from each full one, and at
+            the last one.
         guidance: the steps with guidance, from the first to before the second; at the others the conditional branch
             alone is computed. None for all.
+        full_steps: those that are computed in full wherever the gate is, as the last step before it is: what they
+            capture is used from there on, and their branches' difference held.
         last: index of the last step, of a resolved schedule; None if it is not known.
         off: nothing is taken from a cache; every step is the one that captures all that the others would reuse, so
             that no graph is compiled for it alone.
@@ -75,6 +83,7 @@ class Schedule:
     cache_weight: float = 0.5
     forecast: int = 1
     guidance: tuple[int, int] | None = None
+    full_steps: Sequence[int] = ()
     last: int | None = None
     off: bool = False
 
@@ -93,6 +102,7 @@ class Schedule:
             )
         if self.guidance is not None:
             object.__setattr__(self, "guidance", checked_window(self.guidance))
+        object.__setattr__(self, "full_steps", checked_steps("full_steps", self.full_steps))
         self._check_together()
 
     def _check_together(self) -> None:
@@ -210,7 +220,11 @@ def _step(schedule: Schedule, index: int) -> Step:
         phase += ", self-attention reused"
     if roles.deep_branch is Role.REUSE:
         phase += ", shallow"
-    computed = not gated or (index - _number(schedule.gate_step)) % schedule.forecast == 0 or index == schedule.last
+    full_at = _full_at(schedule, index)
+    past_gate = isinstance(schedule.gate_step, int) and index >= schedule.gate_step
+    counted_from = max(full_at, _number(schedule.gate_step))
+    computed = not gated or (index - counted_from) % schedule.forecast == 0 or index == schedule.last
+    is_base = schedule.forecast > 1 and past_gate and computed
     start, stop = schedule.guidance or (0, math.inf)
     guided = schedule.off or start <= index < stop
     if not computed:
@@ -218,11 +232,19 @@ def _step(schedule: Schedule, index: int) -> Step:
     elif not (guided or gated):
         phase += ", unguided"
     one_branch = not guided or (gated and schedule.one_branch)
-    return Step(phase, roles, (keep[0], keep[1], keep[2]), gated, computed, one_branch)
+    return Step(phase, roles, (keep[0], keep[1], keep[2]), gated, computed, one_branch, full_at, is_base)
 
 
 def _is_gated(schedule: Schedule, index: int) -> bool:
-    return not schedule.off and isinstance(schedule.gate_step, (int, float)) and index >= schedule.gate_step
+    return _full_at(schedule, index) < index
+
+
+def _full_at(schedule: Schedule, index: int) -> int:
+    """Return the index of the last step up to this one that is computed in full."""
+    gate = schedule.gate_step
+    if schedule.off or not isinstance(gate, (int, float)) or index < gate:
+        return index
+    return max((step for step in schedule.full_steps if gate <= step <= index), default=_number(gate) - 1)
 
 
 def _roles(schedule: Schedule, index: int) -> Roles:
@@ -233,17 +255,18 @@ def _roles(schedule: Schedule, index: int) -> Roles:
             Role.LIVE if schedule.deep_interval is None else Role.CAPTURE,
         )
     gated = _is_gated(schedule, index)
-    last_before_gate = index + 1 == schedule.gate_step
+    # The last step before the gate, and every full one after it, have to serve those that follow.
+    serves_all = not gated and isinstance(schedule.gate_step, int) and index + 1 >= schedule.gate_step
     self_attention = Role.LIVE
     if schedule.caches_self_attention and not (gated and schedule.fi_interval == 1):
         # Where it is computed it is also captured, so that one graph serves both.
         interval = schedule.fi_interval if gated else schedule.sp_interval
-        due = index % interval == 0 or (not gated and (last_before_gate or index <= schedule.warm_up))
+        due = index % interval == 0 or serves_all or (not gated and index <= schedule.warm_up)
         self_attention = Role.CAPTURE if due else Role.REUSE
     deep_branch = Role.LIVE
     if schedule.deep_interval is not None:
-        start = _number(schedule.gate_step) if gated else 0
-        due = last_before_gate or (index - start) % schedule.deep_interval == 0
+        start = _full_at(schedule, index) + 1 if gated else 0
+        due = serves_all or (index - start) % schedule.deep_interval == 0
         deep_branch = Role.CAPTURE if due else Role.REUSE
     if gated:
         cross_attention = Role.REUSE

@@ -140,7 +140,7 @@ def _shortest(schedule: Schedule) -> tuple[set[str], int, int | None]:
     start, stop = schedule.guidance or (0, 0)
     own = replace(schedule, gate_step=max(2 * period, stop + 2)) if share else schedule
     gate = own.gate_step if isinstance(own.gate_step, int) else 0
-    most = max(gate, stop) + 2 * period
+    most = max(gate, stop, *own.full_steps) + 2 * period
     wanted = _phases(own, most)
     return next(
         (wanted, steps, gate)
