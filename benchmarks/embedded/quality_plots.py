@@ -12,6 +12,7 @@ _NAMES = {
     "guided, forecast 2": "the same, every second step forecast",
     "guided, forecast 3": "the same, two of three steps forecast",
     "guided, fewer steps 2": "the same, every second step left out",
+    "guided, full steps, forecast 4": "guidance goes on, full steps between, forecast after them",
     "cutoff": "guidance dropped, nothing cached",
     "both": "both branches go on",
 }
@@ -26,6 +27,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(13, 4.8), constrained_layout=True)
     for rule, label in _NAMES.items():
         rows = [row for row in main if row["rule"] == rule and isinstance(row["gate"], int)]
+        if not rows:
+            continue
         rows.sort(key=lambda row: row["gate"])
         costs = [row["rows"] for row in rows]
         wrong = [1 - row["accuracy"] for row in rows]
@@ -35,6 +38,9 @@ def plot(result: dict[str, Any], path: Path) -> None:
         for row in rows if rule == "guided" else ():
             for axis, value in ((axes[0], 1 - row["accuracy"]), (axes[1], row["psnr"])):
                 axis.annotate(str(row["gate"]), (row["rows"], value), textcoords="offset points", xytext=(4, 4))
+    fewer = sorted((row for row in main if row["rule"].startswith("ungated")), key=lambda row: row["rows"])
+    axes[0].plot([row["rows"] for row in fewer], [1 - row["accuracy"] for row in fewer], "k:", label="fewer steps")
+    axes[1].plot([row["rows"] for row in fewer if row["psnr"]], [row["psnr"] for row in fewer if row["psnr"]], "k:")
     axes[0].plot([ungated["rows"]], [1 - ungated["accuracy"]], "k*", markersize=12, label="ungated")
     axes[0].set(ylabel="attributes wrong", yscale="symlog")
     axes[0].set_yscale("symlog", linthresh=1e-3)

@@ -35,6 +35,9 @@ RULES: dict[str, dict[str, Any]] = {
     "conditional, forecast 2": {**_CONDITIONAL, "forecast": 2},
     "guided, forecast 2": {**_GUIDED, "forecast": 2},
     "guided, forecast 3": {**_GUIDED, "forecast": 3},
+    "guided, full steps": _GUIDED,  # every second step after the gate, up to `_LAST_FULL`, is computed in full
+    "guided, full steps, forecast 4": {**_GUIDED, "forecast": 4},
+    "guided, full steps, forecast 6": {**_GUIDED, "forecast": 6},
     "guided, fewer steps 2": _GUIDED,  # only every second step after the gate is in the schedule
     "guided, fewer steps 3": _GUIDED,
     "guided, self-attention intervals": {**_GUIDED, "sp_interval": 5, "warm_up": 2},  # upstream's for Stable Diffusion
@@ -45,6 +48,9 @@ _DEEPCACHES = {
     name: tgate_fx.DeepCache(interval=3, branch=0, order=order)
     for name, order in (("DeepCache", 0), ("DeepCache of order 1", 1))
 }
+_LAST_FULL = 13
+_FULL = "guided, full steps, forecast 4"
+_FEWER = {f"ungated, {steps} steps": steps for steps in (11, 13, 16)}  # in all: the rival at 0.88, 1.04 and 1.28 rows
 _MAIN = ("conditional", "mean", "guided", "guided, forecast 2", "cutoff")  # at all gates
 _IN_THE_GRID = ("conditional", "mean", "guided")
 _GATE_IN_THE_GRID = 5
@@ -55,7 +61,7 @@ class Point:
     """One way to generate.
 
     Attributes:
-        rule: one of `RULES`, "ungated", "unguided", or DeepCache without a gate.
+        rule: one of `RULES`, "ungated", also with fewer steps, "unguided", or DeepCache without a gate.
         gate: the gate step; "auto" where the gate opens by itself; None for none.
         scheduler: one of `SCHEDULERS`.
         scale: the guidance scale.
@@ -86,6 +92,8 @@ def points() -> list[Point]:
     deep = [Point(name) for name in _DEEPCACHES]
     grid = [(name, scale) for name in SCHEDULERS for scale in _SCALES if (name, scale) != (_SCHEDULER, _SCALE)]
     chosen = [Point("ungated"), Point("unguided", scale=1.0), *[each for gate in two for each in main[gate]]]
+    chosen += [Point(_FULL, 5), Point("guided, full steps, forecast 6", 5), *map(Point, _FEWER)]
+    chosen += [Point(_FULL, gate) for gate in few]
     chosen += [*auto, Point("guided, forecast 3", 8), Point("guided, fewer steps 2", 5), *main[10], *deep]
     chosen += [each for gate in two for each in other[gate]]
     chosen += [each for gate in GATES for each in main[gate] + other.get(gate, [])]
@@ -119,7 +127,9 @@ class Pipelines:
         if "fewer steps" in point.rule:
             call["timesteps"] = self._fewer(int(point.gate or 0), int(point.rule[-1]))
         else:
-            call["num_inference_steps"] = STEPS
+            call["num_inference_steps"] = _FEWER.get(point.rule, STEPS)
+        if "full steps" in point.rule:
+            call["full_steps"] = range(int(point.gate or 0) + 2, _LAST_FULL + 1, 2)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         result = pipe(captions, generator=generators, guidance_scale=point.scale, output_type="pt", **call)
         return result.images, tgate_fx.report(pipe)
