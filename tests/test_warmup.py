@@ -38,6 +38,7 @@ def test_nothing_is_compiled_afterwards(family: str, settings: dict[str, Any], b
     assert len(report.steps) < 10
     with torch.compiler.set_stance("fail_on_recompile"):
         tiny.latents(pipe, **kwargs, num_inference_steps=25)
+    assert len(backend.graphs) == report.compiled_graphs
 
 
 @pytest.mark.parametrize("family", tiny.slow_but(("sd-inpaint-small",), ("sd-inpaint-small", "sd-img2img-small")))

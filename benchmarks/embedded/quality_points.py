@@ -10,6 +10,7 @@ import torch
 
 import tgate_fx
 from tgate_fx import demo
+from tgate_fx.schedule import Schedule
 
 STEPS = 25
 GATES = (5, 8, 3, 10, 1, 2, 15, 20)  # in the order in which they are measured
@@ -38,6 +39,7 @@ RULES: dict[str, dict[str, Any]] = {
     "guided, full steps": _GUIDED,  # every second step after the gate, up to `_LAST_FULL`, is computed in full
     "guided, full steps, forecast 4": {**_GUIDED, "forecast": 4},
     "guided, full steps, forecast 6": {**_GUIDED, "forecast": 6},
+    "guided, full steps, fewer steps 4": _GUIDED,  # those that such a forecast computes are all that are scheduled
     "guided, fewer steps 2": _GUIDED,  # only every second step after the gate is in the schedule
     "guided, fewer steps 3": _GUIDED,
     "guided, self-attention intervals": {**_GUIDED, "sp_interval": 5, "warm_up": 2},  # upstream's for Stable Diffusion
@@ -92,7 +94,8 @@ def points() -> list[Point]:
     deep = [Point(name) for name in _DEEPCACHES]
     grid = [(name, scale) for name in SCHEDULERS for scale in _SCALES if (name, scale) != (_SCHEDULER, _SCALE)]
     chosen = [Point("ungated"), Point("unguided", scale=1.0), *[each for gate in two for each in main[gate]]]
-    chosen += [Point(_FULL, 5), Point("guided, full steps, forecast 6", 5), *map(Point, _FEWER)]
+    chosen += [Point(_FULL, 5), *map(Point, _FEWER), Point("guided, full steps, forecast 6", 5)]
+    chosen.append(Point("guided, full steps, fewer steps 4", 5))
     chosen += [Point(_FULL, gate) for gate in few]
     chosen += [*auto, Point("guided, forecast 3", 8), Point("guided, fewer steps 2", 5), *main[10], *deep]
     chosen += [each for gate in two for each in other[gate]]
@@ -124,19 +127,21 @@ class Pipelines:
             call["guidance"] = (0, point.gate)
         else:
             call["gate_step"] = point.gate
+        full = range(int(point.gate or 0) + 2, _LAST_FULL + 1, 2) if "full steps" in point.rule else ()
+        call["full_steps"] = full
         if "fewer steps" in point.rule:
-            call["timesteps"] = self._fewer(int(point.gate or 0), int(point.rule[-1]))
+            forecast = Schedule(point.gate, forecast=int(point.rule[-1]), full_steps=full, last=STEPS - 1)
+            computed = [index for index in range(STEPS) if forecast.at(index).computed]
+            call["timesteps"] = [self._timesteps()[index] for index in computed]
+            call["full_steps"] = [place for place, index in enumerate(computed) if index in full]
         else:
             call["num_inference_steps"] = _FEWER.get(point.rule, STEPS)
-        if "full steps" in point.rule:
-            call["full_steps"] = range(int(point.gate or 0) + 2, _LAST_FULL + 1, 2)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         result = pipe(captions, generator=generators, guidance_scale=point.scale, output_type="pt", **call)
         return result.images, tgate_fx.report(pipe)
 
-    def _fewer(self, gate: int, every: int) -> list[int]:
-        """The timesteps that a forecast from this gate on computes: the schedule that costs as much as it."""
+    def _timesteps(self) -> list[int]:
+        """Those of the whole schedule."""
         scheduler = SCHEDULERS[_SCHEDULER].from_config(self._configs)
         scheduler.set_timesteps(STEPS)
-        computed = [i for i in range(STEPS) if i < gate or (i - gate) % every == 0 or i == STEPS - 1]
-        return [int(scheduler.timesteps[i]) for i in computed]
+        return [int(timestep) for timestep in scheduler.timesteps]
