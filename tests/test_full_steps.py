@@ -34,7 +34,6 @@ GUIDED: dict[str, Any] = {"after_gate": "guided", "cache_weight": 1.0}
         (GUIDED, {"weight": 1.0, "level": lambda step: 1.0}),
         ({**GUIDED, "forecast": 3}, {"weight": 1.0, "level": lambda step: 1.0, "forecast": 3}),
     ],
-    ids=str,
 )
 def test_full_steps(rule: dict[str, Any], by_rule: dict[str, Any], full: tuple[int, ...]) -> None:
     pipe = tiny.sd()

@@ -94,14 +94,15 @@ def reach_every_phase(pipe: Any, gated: Gated, call: dict[str, Any], doing: str)
     Raises:
         StateError: not every phase was reached.
     """
-    wanted, steps, gate = _shortest(gated.schedule)
+    # Full steps need no phase of their own, and there may be so many that no step is gated.
+    wanted, steps, gate = _shortest(replace(gated.schedule, full_steps=()))
     defaults = {"output_type": "latent", "generator": torch.Generator().manual_seed(0)}
     call = {**{name: value for name, value in defaults.items() if name in gated.parameters}, **call}
     strength = _strength(gated, call)
     steps = math.ceil(steps / strength)
     with _progress_bar(pipe, f"tgate_fx: {doing}"):
         for _ in range(_TRIES):
-            pipe(**call, num_inference_steps=steps, gate_step=gate)
+            pipe(**call, num_inference_steps=steps, gate_step=gate, full_steps=())
             if all(wanted <= set(run.examples) for run in gated.runs):
                 return
             steps *= 2
@@ -140,7 +141,7 @@ def _shortest(schedule: Schedule) -> tuple[set[str], int, int | None]:
     start, stop = schedule.guidance or (0, 0)
     own = replace(schedule, gate_step=max(2 * period, stop + 2)) if share else schedule
     gate = own.gate_step if isinstance(own.gate_step, int) else 0
-    most = max(gate, stop, *own.full_steps) + 2 * period
+    most = max(gate, stop) + 2 * period
     wanted = _phases(own, most)
     return next(
         (wanted, steps, gate)
