@@ -66,6 +66,14 @@ def test_one_after_another_from_the_gate_on_they_are_a_later_gate(rule: dict[str
     assert not torch.equal(generate(pipe, gate_step=GATE), expected)
 
 
+def test_shares_of_the_steps() -> None:
+    pipe = tgate_fx.gate(tiny.sd(), 0.33, full_steps=(0.8, 0.45), **GUIDED)
+    assert torch.equal(generate(pipe), generate(pipe, gate_step=3, full_steps=(4, 7)))
+    schedule = Schedule(2, full_steps=(0.5,))
+    with pytest.raises(tgate_fx.ArgumentError, match=says("full_steps=(0.5,)", "does not say how many steps")):
+        schedule.resolve(None)
+
+
 def test_the_whole_batch_goes_on() -> None:
     pipe = tiny.sd()
     sites = [site.name for site in tgate_fx.sites(pipe)]
@@ -208,11 +216,13 @@ def test_they_take_no_graph(backend: CountingBackend) -> None:
     assert tgate_fx.report(pipe).recompiles == 0
 
 
-@pytest.mark.parametrize("value", [5, "5", (1.5,), (-1,), (True,), None, {3: 4}])
+@pytest.mark.parametrize("value", [5, "5", (1.5,), (-1,), (1.0, 0.5), (True,), (None,), None, {3: 4}])
 def test_what_is_refused(value: Any) -> None:
     pipe = tgate_fx.gate(tiny.make("sd-small"), GATE)
     expected = generate(pipe)
-    with pytest.raises(tgate_fx.ArgumentError, match=says(f"full_steps={value!r}", "expected indices of steps")):
+    with pytest.raises(
+        tgate_fx.ArgumentError, match=says(f"full_steps={value!r}", "expected indices of steps", "shares")
+    ):
         generate(pipe, full_steps=value)
     assert torch.equal(generate(pipe), expected)
 

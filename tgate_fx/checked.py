@@ -56,15 +56,16 @@ def checked_window(value: object) -> tuple[int, int]:
     )
 
 
-def checked_steps(name: str, value: object) -> tuple[int, ...]:
-    """Return indices of steps as a tuple of ints ≥ 0 in order; raise `ArgumentError` if a value is not such indices."""
+def checked_steps(value: object) -> tuple[int | float, ...]:
+    """Return steps as ints ≥ 0 and floats in (0, 1); raise `ArgumentError` if a value is no sequence of these."""
     given = tuple(value) if isinstance(value, Sequence) and not isinstance(value, (str, bytes)) else (None,)
-    steps = tuple(step for step in map(as_int, given) if step is not None and step >= 0)
-    if len(steps) < len(given):
+    steps = [step if isinstance(step, float) and 0.0 < step < 1.0 else as_int(step) for step in given]
+    if any(step is None or step < 0 for step in steps):
         raise ArgumentError(
-            f"{name}={value!r} are no steps: expected indices of steps, ints ≥ 0, in a tuple such as (7, 10)."
+            f"full_steps={value!r} are no steps: expected indices of steps (ints ≥ 0) or shares of all steps (floats "
+            "between 0 and 1) in a tuple, such as (7, 10)."
         )
-    return tuple(sorted(set(steps)))
+    return tuple(step for step in steps if step is not None)
 
 
 def refuse_together(setting: str, others: Iterable[tuple[str, bool]], why: str) -> None:

@@ -45,7 +45,7 @@ def gate(
     cache_weight: float = 0.5,
     forecast: int = 1,
     guidance: tuple[int, int] | None = None,
-    full_steps: Sequence[int] = (),
+    full_steps: Sequence[int | float] = (),
     gate_companions: bool = True,
 ) -> Pipeline:
     """Gate a diffusers pipeline, without compiling it.
@@ -85,9 +85,9 @@ def gate(
             with live cross-attention before the gate and with ``gate_step=None`` (a guidance interval, Kynkäänniemi et
             al., arXiv:2404.07724). The gate ends it too. It takes one graph more. Not together with the intervals or
             ``deepcache``.
-        full_steps: indices of steps that are computed in full after the gate too, with all branches and text, as the
-            last step before it is: what is cached is renewed there, and so is the difference that is held. They keep
-            the prompt after an early gate, and count for nothing before it.
+        full_steps: steps that are computed in full after the gate too, with all branches and text, as the last one
+            before it is: what is cached is renewed there, and so is the difference that is held. They keep the prompt
+            after an early gate, and change nothing before it. Ints are indices, floats in (0, 1) shares of the steps.
         gate_companions: after the gate, ControlNets too run on the branch that goes on, with their cross-attentions
             cached; False lets them compute the whole batch at every step.
 
@@ -129,7 +129,7 @@ def compile(
     cache_weight: float = 0.5,
     forecast: int = 1,
     guidance: tuple[int, int] | None = None,
-    full_steps: Sequence[int] = (),
+    full_steps: Sequence[int | float] = (),
     gate_companions: bool = True,
     backend: str | Callable[..., Any] = "inductor",
     mode: str | None = None,

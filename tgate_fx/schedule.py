@@ -67,7 +67,7 @@ class Schedule:
         guidance: the steps with guidance, from the first to before the second; at the others the conditional branch
             alone is computed. None for all.
         full_steps: those that are computed in full wherever the gate is, as the last step before it is: what they
-            capture is used from there on, and their branches' difference held.
+            capture is used from there on, and their branches' difference held. Floats in (0, 1) are shares.
         last: index of the last step, of a resolved schedule; None if it is not known.
         off: nothing is taken from a cache; every step is the one that captures all that the others would reuse, so
             that no graph is compiled for it alone.
@@ -83,7 +83,7 @@ class Schedule:
     cache_weight: float = 0.5
     forecast: int = 1
     guidance: tuple[int, int] | None = None
-    full_steps: Sequence[int] = ()
+    full_steps: Sequence[int | float] = ()
     last: int | None = None
     off: bool = False
 
@@ -102,7 +102,7 @@ class Schedule:
             )
         if self.guidance is not None:
             object.__setattr__(self, "guidance", checked_window(self.guidance))
-        object.__setattr__(self, "full_steps", checked_steps("full_steps", self.full_steps))
+        object.__setattr__(self, "full_steps", checked_steps(self.full_steps))
         self._check_together()
 
     def _check_together(self) -> None:
@@ -171,19 +171,24 @@ class Schedule:
         """Return the schedule with the gate as a step index, for a generation of ``steps`` steps (None if unknown).
 
         Raises:
-            ArgumentError: the gate is a share, or steps are forecast, and the number of steps is unknown.
+            ArgumentError: the gate or a full step is a share, or steps are forecast, and the number of steps is
+                unknown.
         """
-        share = isinstance(self.gate_step, float)
-        if self.off or not (share or self.forecast > 1):
+        given = [f"forecast={self.forecast}"] if self.forecast > 1 else []
+        if any(isinstance(step, float) for step in self.full_steps):
+            given.insert(0, f"full_steps={self.full_steps!r}, with a share of the steps")
+        if isinstance(self.gate_step, float):
+            given.insert(0, f"gate_step={self.gate_step!r}, a share of the steps")
+        if self.off or not given:
             return self
         if steps is None:
-            given = f"gate_step={self.gate_step!r} is a share of the steps" if share else f"forecast={self.forecast}"
             raise ArgumentError(
-                f"{given} was given, but this pipeline does not say how many steps it will run, which that needs: give "
-                "gate_step as an int, and leave forecast out."
+                f"{given[0]} was given, but this pipeline does not say how many steps it will run, which that needs: "
+                "give steps as ints, and leave forecast out."
             )
         gate = max(1, round(self.gate_step * steps)) if isinstance(self.gate_step, float) else self.gate_step
-        return replace(self, gate_step=gate, last=steps - 1)
+        full = [round(step * steps) if isinstance(step, float) else step for step in self.full_steps]
+        return replace(self, gate_step=gate, full_steps=full, last=steps - 1)
 
     def begun_at(self, index: int) -> Schedule:
         """Return the resolved schedule for a network that is first called at this step: there it computes everything.
@@ -244,7 +249,8 @@ def _full_at(schedule: Schedule, index: int) -> int:
     gate = schedule.gate_step
     if schedule.off or not isinstance(gate, (int, float)) or index < gate:
         return index
-    return max((step for step in schedule.full_steps if gate <= step <= index), default=_number(gate) - 1)
+    full = (step for step in schedule.full_steps if isinstance(step, int) and gate <= step <= index)
+    return max(full, default=_number(gate) - 1)
 
 
 def _roles(schedule: Schedule, index: int) -> Roles:
