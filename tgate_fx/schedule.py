@@ -226,7 +226,7 @@ def _step(schedule: Schedule, index: int) -> Step:
     if roles.deep_branch is Role.REUSE:
         phase += ", shallow"
     full_at = _full_at(schedule, index)
-    past_gate = isinstance(schedule.gate_step, int) and index >= schedule.gate_step
+    past_gate = not schedule.off and isinstance(schedule.gate_step, int) and index >= schedule.gate_step
     counted_from = max(full_at, _number(schedule.gate_step))
     computed = not gated or (index - counted_from) % schedule.forecast == 0 or index == schedule.last
     is_base = schedule.forecast > 1 and past_gate and computed
@@ -277,7 +277,7 @@ def _roles(schedule: Schedule, index: int) -> Roles:
     if gated:
         cross_attention = Role.REUSE
     else:
-        # A step that reuses something is never the last before the gate, the only one whose cross-attention is kept.
+        # A step that reuses something serves no later one with its cross-attention.
         reuses = Role.REUSE in (self_attention, deep_branch)
         cross_attention = Role.LIVE if reuses else Role.CAPTURE
     return Roles(cross_attention, self_attention, deep_branch)
