@@ -139,7 +139,7 @@ def test_resolve(gate_step: int | float | None, steps: int | None, gate: int | N
 
 
 def test_a_share_of_an_unknown_number_of_steps_is_refused() -> None:
-    with pytest.raises(tgate_fx.ArgumentError, match=r"gate_step=0\.4, a share.*give steps as ints"):
+    with pytest.raises(tgate_fx.ArgumentError, match=r"gate_step=0\.4 \(a share.*give steps as ints"):
         Schedule(0.4).resolve(None)
 
 

@@ -176,9 +176,9 @@ class Schedule:
         """
         given = [f"forecast={self.forecast}"] if self.forecast > 1 else []
         if any(isinstance(step, float) for step in self.full_steps):
-            given.insert(0, f"full_steps={self.full_steps!r}, with a share of the steps")
+            given.insert(0, f"full_steps={self.full_steps!r} (with a share of the steps)")
         if isinstance(self.gate_step, float):
-            given.insert(0, f"gate_step={self.gate_step!r}, a share of the steps")
+            given.insert(0, f"gate_step={self.gate_step!r} (a share of the steps)")
         if self.off or not given:
             return self
         if steps is None:
