@@ -81,7 +81,7 @@ def child(way: str, arch: str, size: int, steps: int, gate: int, work: Path, sta
             times[phase] = min(step.seconds for step in report.steps if step.phase == phase)
         times["graphs"] = report.compiled_graphs
         np.save(work / f"{way}.npy", latents.numpy())
-    times["peak_gib"] = peak_gib()
+    times["peak_gib"] = peak_gib("cpu")
     print("measured:" + json.dumps(times))
 
 

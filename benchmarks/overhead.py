@@ -139,7 +139,7 @@ def main(archs: tuple[str, ...], steps: int) -> None:
     for arch in archs:
         pipe, generate = tiny_pipeline() if arch == "tiny" else full_pipeline(arch)
         tgate_fx.compile(pipe, gate_step=steps // 2, backend=nothing)
-        every_step = {"callback_on_step_end": lambda *_: {}}
+        every_step: dict[str, Any] = {"callback_on_step_end": lambda *_: {}}
         show(arch, "guards at every step", step_microseconds(pipe, generate, steps, **every_step))
         show(arch, "guards once a phase", step_microseconds(pipe, generate, steps))
         show(arch, "of it the dispatch", dispatch_microseconds(pipe, generate, steps))

@@ -136,7 +136,7 @@ def _of_entry(name: str, denoiser: str, entry: zoo.Entry) -> Row:
     return Row(name, denoiser, calls=2 if entry.form == "calls" else 1, guided=guided, whole=whole)
 
 
-def _refused(name: str, pipeline: type[Any], classes: dict[str, type[nn.Module]]) -> Row:
+def _refused(name: str, pipeline: type[Any], classes: dict[str, type[Any]]) -> Row:
     """Return why `tgate_fx.gate` refuses a pipeline that is not tested."""
     cls = next(iter(classes.values())).__name__
     if cls in _JOINT:

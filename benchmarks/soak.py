@@ -176,7 +176,7 @@ def _resident() -> int:
     statm = Path("/proc/self/statm")
     if statm.exists():
         return int(statm.read_text().split()[1]) * resource.getpagesize()
-    return int(peak_gib() * 2**30)
+    return int(peak_gib("cpu") * 2**30)
 
 
 @click.command()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, UNet2DConditionModel
@@ -24,7 +25,8 @@ LATENT_SIZE = SIZE // 4
 def tokenizer() -> CLIPTokenizer:
     """A CLIP tokenizer of this vocabulary, made as transformers 5 makes it."""
     vocab, merges = vocabulary()
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TOKENS)
+    given: Any = {"vocab": vocab, "merges": merges}  # pairs, though its signature says strings
+    return CLIPTokenizer(**given, model_max_length=TOKENS)
 
 
 def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:

@@ -66,14 +66,18 @@ def generate(work: Path, count: int, worker: int, workers: int) -> None:
                     continue
                 images, report = pipelines.generate(each, captions[chosen], list(range(chosen.start, chosen.stop)))
                 features, answers = read(classifier, images * 2 - 1)
-                kept = {"features": features, "gate": np.array([-1 if report.gate is None else report.gate])}
+                kept: dict[str, Any] = {
+                    "features": features,
+                    "gate": np.array([-1 if report.gate is None else report.gate]),
+                }
                 kept["rows"] = np.array([sum(step.batch for step in report.steps) / len(images) / STEPS])
                 if each == each.reference:
                     kept["images"] = images.numpy()
                 else:
                     kept["psnr"] = _psnr(images.numpy(), np.load(_part(work, each.reference, start))["images"])
                 unfinished = path.with_suffix(".unfinished.npz")
-                np.savez(unfinished, **kept, **right_answers(asked[chosen], answers))
+                kept |= right_answers(asked[chosen], answers)
+                np.savez(unfinished, **kept)
                 unfinished.rename(path)
 
 

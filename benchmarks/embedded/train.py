@@ -25,7 +25,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from diffusers import DDPMScheduler, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
@@ -167,7 +167,7 @@ def _latents(known: list[Scene], out: Path) -> torch.Tensor:
     """The scaled latents of a drawing of every training scene, float16 [N, 4, 16, 16]; kept in ``out``."""
     path = out / "latents.pt"
     if not path.exists():
-        vae = models.AutoencoderKL.from_pretrained(out / "vae").to(memory_format=torch.channels_last)
+        vae = AutoencoderKL.from_pretrained(out / "vae").to(memory_format=torch.channels_last)
         parts = []
         drawn = pictures(known, _SEED, progress=True)
         with torch.no_grad():
@@ -230,7 +230,7 @@ def plot(out: Path) -> None:
 @_out
 def export(out: Path) -> None:
     """Write the weights that the package and the tests use, in half precision."""
-    vae = models.AutoencoderKL.from_pretrained(out / "vae")
+    vae = AutoencoderKL.from_pretrained(out / "vae")
     _export_pipeline(out / "denoiser.checkpoint", vae)
     classifier = torch.load(out / "classifier.pt", weights_only=True)
     halved = {name: value.half() if value.is_floating_point() else value for name, value in classifier.items()}
@@ -244,7 +244,7 @@ def export_noisy(out: Path) -> None:
     _export_pipeline(out / "noisy.checkpoint", demo.load().vae)
 
 
-def _export_pipeline(checkpoint: Path, vae: models.AutoencoderKL) -> None:
+def _export_pipeline(checkpoint: Path, vae: AutoencoderKL) -> None:
     module = _TextToLatents()
     saved = torch.load(checkpoint, weights_only=True)
     module.load_state_dict(saved["average"])

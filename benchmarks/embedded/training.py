@@ -8,11 +8,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from tqdm import tqdm
+
+Trained = TypeVar("Trained", bound=nn.Module)
 
 _SAVE_EVERY = 120  # seconds
 _AVERAGED = 50  # steps to a point of the loss log
@@ -34,7 +36,7 @@ class Plan:
         return self.rate * min(1.0, (step + 1) / self.warmup, left)
 
 
-def train(module: nn.Module, loss_of: Callable[[int], torch.Tensor], plan: Plan, out: Path, name: str) -> nn.Module:
+def train(module: Trained, loss_of: Callable[[int], torch.Tensor], plan: Plan, out: Path, name: str) -> Trained:
     """Train ``module`` and return the average of its weights over the last steps.
 
     Args:
@@ -82,8 +84,8 @@ def train(module: nn.Module, loss_of: Callable[[int], torch.Tensor], plan: Plan,
 def _update_average(average: nn.Module, module: nn.Module, keep: float) -> None:
     for mean, now in zip(average.parameters(), module.parameters(), strict=True):
         mean.lerp_(now, 1 - keep)
-    for mean, now in zip(average.buffers(), module.buffers(), strict=True):
-        mean.copy_(now)
+    for held, own in zip(average.buffers(), module.buffers(), strict=True):
+        held.copy_(own)
 
 
 def _save(state: dict[str, Any], path: Path) -> None:
