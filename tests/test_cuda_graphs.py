@@ -32,6 +32,7 @@ EVERY = [
             ("sd-small", {"deepcache": _DEEPCACHE}),
             ("sd-small", {"deepcache": tgate_fx.DeepCache(interval=2, branch=0, order=1)}),
             ("sdxl-small", {"after_gate": "positive"}),
+            ("sd-small", {"after_gate": "guided", "cache_weight": 1.0, "forecast": 2, "full_steps": (4,)}),
         )
     ],
 ]

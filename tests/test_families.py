@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+import re
 from collections.abc import Container, Iterable
 from typing import Any
 
@@ -149,9 +150,31 @@ def with_other_text_after_the_gate(pipe: Any, entry: zoo.Entry, calls: int) -> t
 @pytest.mark.parametrize("entry", parameters(compiled_entries(), COMPILED_FIRST))
 def test_compiled(entry: zoo.Entry, backend: CountingBackend) -> None:
     settings = {"gate_step": GATE, "after_gate": entry.after_gate, **entry.settings}
-    expected = entry.run(tgate_fx.gate(entry.make(), **settings))
+    eager = tgate_fx.gate(entry.make(), **settings)
+    expected = entry.run(eager)
     pipe = tgate_fx.compile(entry.make(), **settings, backend=backend)
     for _ in range(2):
         assert relative_error(entry.run(pipe), expected) < 1e-5
+    for rule in rules_for(entry):
+        try:
+            expected = entry.run(eager, **rule)
+        except tgate_fx.UnsupportedError as error:
+            with pytest.raises(tgate_fx.UnsupportedError, match=re.escape(str(error))):
+                entry.run(pipe, **rule)
+            assert "guided" in rule.values()
+        else:
+            assert relative_error(entry.run(pipe, **rule), expected) < 1e-5
     assert len(backend.graphs) == entry.graphs
     assert tgate_fx.report(pipe).recompiles == 0
+
+
+def rules_for(entry: zoo.Entry) -> list[dict[str, Any]]:
+    """What may be kept and computed after the gate without a graph more."""
+    full = {"full_steps": (GATE + 1,)}
+    if entry.form == "whole":
+        return [full]
+    return [
+        {"cache_weight": 0.8, "forecast": 1 if entry.loop else 2},
+        {"cache_weight": 1.0, **full},
+        {"cache_weight": 1.0, "after_gate": "guided"},
+    ]

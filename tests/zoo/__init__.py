@@ -63,10 +63,10 @@ class Entry:
         """What is kept after the gate."""
         return {"none": None, "whole": "both"}.get(self.form, "positive")
 
-    def run(self, pipe: Any) -> torch.Tensor:
+    def run(self, pipe: Any, **changes: Any) -> torch.Tensor:
         """Generate, and return the latents (or whatever the pipeline gives) as one tensor."""
         with torch.no_grad():
-            result = pipe(**self.inputs())
+            result = pipe(**{**self.inputs(), **changes})
         value = result[self.output] if isinstance(result, dict) else getattr(result, self.output)
         return torch.as_tensor(value)
 
