@@ -162,6 +162,14 @@ def repeated_blocks(denoiser: nn.Module) -> tuple[str, ...]:
     return tuple(getattr(denoiser, "_repeated_blocks", None) or ())
 
 
+def scales_lora_late() -> bool:
+    """Return whether diffusers' UNet applies a call's scale of LoRAs after its first layers, as it did up to 0.35.
+
+    Without the name these layers are not scaled under `tgate_fx.compile`.
+    """
+    return find("diffusers.utils.peft_utils.apply_lora_scale") is None
+
+
 def progress_bar_config(pipe: Any) -> dict[str, Any]:
     """Return the settings of a pipeline's progress bar. Without the name: none, which `warmup` then leaves."""
     return dict(getattr(pipe, "_progress_bar_config", {}))

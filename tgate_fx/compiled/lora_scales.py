@@ -8,7 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import private
+
 _SCALE = "scale"  # within cross_attention_kwargs, or attention_kwargs
+
+# What the scale of a call is for in a UNet of an older diffusers, which runs its first layers before it looks at that.
+_SCALED = ("down_blocks.", "mid_block.", "up_blocks.", "conv_out")
 
 
 class LoraScales:
@@ -21,6 +26,8 @@ class LoraScales:
 
     def __init__(self, denoiser: nn.Module) -> None:
         self._denoiser = denoiser
+        self._is_partial = type(denoiser).__name__ == "UNet2DConditionModel" and private.scales_lora_late()
+        self._fixed: set[tuple[nn.Module, str]] = set()  # what the scale that a call gives is not for
         self._tensors: dict[tuple[nn.Module, str], torch.Tensor] = {}
         self._numbers: dict[tuple[nn.Module, str], float] = {}  # what was there before
         self._unscaled: list[tuple[torch.Tensor, torch.Tensor]] = []  # tensors that are scaled now, and what they were
@@ -63,21 +70,25 @@ class LoraScales:
 
     def _keep(self, runs_on: torch.device) -> None:
         kept: dict[tuple[nn.Module, str], torch.Tensor] = {}
-        for layer, adapter, scale in self._scales():
+        self._fixed = set()
+        for name, layer, adapter, scale in self._scales():
             device = device_of(layer, runs_on)
             key = (layer, adapter)
             tensor = scale
+            if self._is_partial and not name.startswith(_SCALED):
+                self._fixed.add(key)
             if not isinstance(scale, torch.Tensor):
+                factor = 1.0 if key in self._fixed else self._factor
                 number = float(scale)
                 tensor = self._tensors.get(key)
                 if tensor is None or tensor.device != device:
                     with torch.inference_mode(False):
                         tensor = torch.tensor(number, device=device)
-                tensor.fill_(number * self._factor)
+                tensor.fill_(number * factor)
                 self._numbers[key] = number
                 layer.scaling[adapter] = tensor  # type: ignore[index, operator]
                 self._unscaled = [(each, was) for each, was in self._unscaled if each is not tensor]
-                if self._factor != 1.0:
+                if factor != 1.0:
                     self._unscaled.append((tensor, torch.full_like(tensor, number)))
             kept[key] = tensor
         self._tensors = kept
@@ -89,19 +100,20 @@ class LoraScales:
         self._unscaled = []
         self._factor = factor
         if factor != 1.0:
-            self._unscaled = [(tensor, tensor.clone()) for tensor in self._tensors.values()]
-            for tensor in self._tensors.values():
+            scaled = [tensor for key, tensor in self._tensors.items() if key not in self._fixed]
+            self._unscaled = [(tensor, tensor.clone()) for tensor in scaled]
+            for tensor in scaled:
                 tensor.mul_(factor)
 
-    def _scales(self) -> Iterator[tuple[nn.Module, str, Any]]:
-        """Yield each LoRA layer with each of its adapters and that one's scale."""
+    def _scales(self) -> Iterator[tuple[str, nn.Module, str, Any]]:
+        """Yield each LoRA layer, after its name, with each of its adapters and that one's scale."""
         if not hasattr(self._denoiser, "peft_config"):  # which peft gives to every model that has some
             return
-        for module in self._denoiser.modules():
+        for name, module in self._denoiser.named_modules():
             scaling = vars(module).get("scaling")
             if isinstance(scaling, dict) and hasattr(module, "lora_A"):
                 for adapter, scale in scaling.items():
-                    yield module, adapter, scale
+                    yield name, module, adapter, scale
 
 
 def device_of(layer: nn.Module, runs_on: torch.device) -> torch.device:
