@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import accelerate
+import diffusers
 import pytest
 import torch
 from torch import nn
@@ -30,7 +31,15 @@ def sequential(pipe: Any) -> None:
 
 
 def by_groups(level: str, **settings: Any) -> Callable[[Any], None]:
-    return lambda pipe: pipe.transformer.enable_group_offload(CPU, CPU, offload_type=level, **settings)
+    def offload(pipe: Any) -> None:
+        try:
+            pipe.transformer.enable_group_offload(CPU, CPU, offload_type=level, **settings)
+        except AttributeError:
+            if torch.accelerator.current_accelerator() is None and diffusers.__version__ < "0.36":
+                pytest.skip("this diffusers offloads groups on a machine with an accelerator only")
+            raise
+
+    return offload
 
 
 def casting(pipe: Any) -> None:

@@ -161,6 +161,7 @@ def test_intervals_without_self_attention() -> None:
         pipe(**entry.inputs(), fi_interval=2)
 
 
+@pytest.mark.skipif(not hasattr(diffusers, "AnyFlowFARTransformer3DModel"), reason="diffusers does not have it yet")
 def test_sites_of_a_pipeline_that_is_not_tested() -> None:
     with torch.device("meta"):
         denoiser = diffusers.AnyFlowFARTransformer3DModel()

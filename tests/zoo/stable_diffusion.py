@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
 from diffusers import PaintByExamplePipeline
-from diffusers.pipelines.deprecated.paint_by_example.image_encoder import PaintByExampleImageEncoder
 from transformers import CLIPVisionConfig
 
 from tests import tiny
@@ -40,7 +40,9 @@ def paint_by_example() -> Any:
         intermediate_size=37,
         patch_size=8,
     )
-    encoder = seeded(lambda: PaintByExampleImageEncoder(config, proj_size=WIDTH))
+    package = PaintByExamplePipeline.__module__.rpartition(".")[0]  # another one in another diffusers
+    encoder_class = importlib.import_module(f"{package}.image_encoder").PaintByExampleImageEncoder
+    encoder = seeded(lambda: encoder_class(config, proj_size=WIDTH))
     parts = {"vae": seeded(tiny.vae), "unet": unet(in_channels=9), "scheduler": tiny.scheduler()}
     return quiet(PaintByExamplePipeline(image_encoder=encoder, safety_checker=None, feature_extractor=None, **parts))
 
