@@ -10,6 +10,7 @@ results have of these weights, so that it goes on from them on any machine.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -120,10 +121,11 @@ def report(work: Path, count: int) -> None:
     reference, right_in_drawings = _drawn(classifier, _REFERENCE, seed=_SEED + 1)
     floor, _ = _drawn(classifier, count, seed=_SEED + 2)
     rows = {row["name"]: row for row in _committed()}
+    measured = functools.cache(lambda point: _measured(work, point, count))  # many points have one reference
     for point in points():
-        measured, ungated = _measured(work, point, count), _measured(work, point.reference, count)
-        if measured and ungated:
-            rows[point.name] = _row(point, measured, ungated, reference)
+        own, ungated = measured(point), measured(point.reference)
+        if own and ungated:
+            rows[point.name] = _row(point, own, ungated, reference)
     result = {
         "what": "embedded pipeline, held-out captions, batches of 50",
         "weights": _weights(),

@@ -132,16 +132,11 @@ class Pipelines:
         if "fewer steps" in point.rule:
             forecast = Schedule(point.gate, forecast=int(point.rule[-1]), full_steps=full, last=STEPS - 1)
             computed = [index for index in range(STEPS) if forecast.at(index).computed]
-            call["timesteps"] = [self._timesteps()[index] for index in computed]
+            pipe.scheduler.set_timesteps(STEPS)
+            call["timesteps"] = [int(pipe.scheduler.timesteps[index]) for index in computed]
             call["full_steps"] = [place for place, index in enumerate(computed) if index in full]
         else:
             call["num_inference_steps"] = _FEWER.get(point.rule, STEPS)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         result = pipe(captions, generator=generators, guidance_scale=point.scale, output_type="pt", **call)
         return result.images, tgate_fx.report(pipe)
-
-    def _timesteps(self) -> list[int]:
-        """Those of the whole schedule."""
-        scheduler = SCHEDULERS[_SCHEDULER].from_config(self._configs)
-        scheduler.set_timesteps(STEPS)
-        return [int(timestep) for timestep in scheduler.timesteps]
