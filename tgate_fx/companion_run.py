@@ -50,12 +50,12 @@ class CompanionRun(Run):
     def begin_step(self, timestep: Any) -> None:
         """Begin the step that the denoiser will run next."""
         self.steps.announce(timestep)
-        if self.loop == self.steps.loop and self._follows is not self.steps.schedule:
+        if self.loop != self.steps.loop:
+            return
+        if self._follows is not self.steps.schedule:
             self._follow()
         index = self.steps.index
-        if self.loop != self.steps.loop or self._last is None:
-            return
-        if self._last < self.schedule.at(index).full_at < index:
+        if self._last is not None and self._last < self.schedule.at(index).full_at < index:
             self.schedule = self.schedule.begun_at(index)
 
     def note(self, started: Any, phase: str, rows: int, compiled: int) -> None:

@@ -128,11 +128,7 @@ class Run:
         if sliced:
             inputs = self._guidance.one_branch(inputs, rows, gated=step.gated)
             rows = self._guidance.rows_kept(rows)
-        if step.gated and step.one_branch and self._slot_since != step.full_at:  # the first one since then
-            unblended = not guided and self._cached[_OWN][Kind.CROSS_ATTENTION]
-            self._slot = _OWN if unblended else 0
-            self._slot_since = step.full_at
-        slot = min(call, _OWN) if not step.one_branch else self._slot if step.gated else 0
+        slot = self._slot_for(step, call, guided)
         cache = self._cache_for(step, slot, (rows, *latents.shape[1:]))
         if step.phase not in self.examples:
             self.examples[step.phase] = example(step, cache, inputs)
@@ -142,6 +138,18 @@ class Run:
         if guided and not sliced:
             self._compare(step, call, output, inputs.get("timestep"))
         return output, rows
+
+    def _slot_for(self, step: Step, call: int, guided: bool) -> int:
+        """Return where what this call captures is kept, and what it reuses is found."""
+        if not step.one_branch:
+            return min(call, _OWN)
+        if not step.gated:
+            return 0
+        if self._slot_since != step.full_at:  # the first gated one since then
+            unblended = not guided and self._cached[_OWN][Kind.CROSS_ATTENTION]
+            self._slot = _OWN if unblended else 0
+            self._slot_since = step.full_at
+        return self._slot
 
     def _compare(self, step: Step, call: int, output: Any, timestep: Any) -> None:
         """Note what the branches predict at a full step, where a later one depends on it."""

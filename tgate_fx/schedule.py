@@ -174,11 +174,13 @@ class Schedule:
             ArgumentError: the gate or a full step is a share, or steps are forecast, and the number of steps is
                 unknown.
         """
-        given = [f"forecast={self.forecast}"] if self.forecast > 1 else []
-        if any(isinstance(step, float) for step in self.full_steps):
-            given.insert(0, f"full_steps={self.full_steps!r} (with a share of the steps)")
+        given = []
         if isinstance(self.gate_step, float):
-            given.insert(0, f"gate_step={self.gate_step!r} (a share of the steps)")
+            given.append(f"gate_step={self.gate_step!r} (a share of the steps)")
+        if any(isinstance(step, float) for step in self.full_steps):
+            given.append(f"full_steps={self.full_steps!r} (with a share of the steps)")
+        if self.forecast > 1:
+            given.append(f"forecast={self.forecast}")
         if self.off or not given:
             return self
         if steps is None:
@@ -226,10 +228,9 @@ def _step(schedule: Schedule, index: int) -> Step:
     if roles.deep_branch is Role.REUSE:
         phase += ", shallow"
     full_at = _full_at(schedule, index)
-    past_gate = not schedule.off and isinstance(schedule.gate_step, int) and index >= schedule.gate_step
     counted_from = max(full_at, _number(schedule.gate_step))
     computed = not gated or (index - counted_from) % schedule.forecast == 0 or index == schedule.last
-    is_base = schedule.forecast > 1 and past_gate and computed
+    is_base = schedule.forecast > 1 and _is_past_gate(schedule, index) and computed
     start, stop = schedule.guidance or (0, math.inf)
     guided = schedule.off or start <= index < stop
     if not computed:
@@ -240,17 +241,21 @@ def _step(schedule: Schedule, index: int) -> Step:
     return Step(phase, roles, (keep[0], keep[1], keep[2]), gated, computed, one_branch, full_at, is_base)
 
 
+def _is_past_gate(schedule: Schedule, index: int) -> bool:
+    return not schedule.off and isinstance(schedule.gate_step, (int, float)) and index >= schedule.gate_step
+
+
 def _is_gated(schedule: Schedule, index: int) -> bool:
     return _full_at(schedule, index) < index
 
 
 def _full_at(schedule: Schedule, index: int) -> int:
     """Return the index of the last step up to this one that is computed in full."""
-    gate = schedule.gate_step
-    if schedule.off or not isinstance(gate, (int, float)) or index < gate:
+    if not _is_past_gate(schedule, index):
         return index
+    gate = _number(schedule.gate_step)
     full = (step for step in schedule.full_steps if isinstance(step, int) and gate <= step <= index)
-    return max(full, default=_number(gate) - 1)
+    return max(full, default=gate - 1)
 
 
 def _roles(schedule: Schedule, index: int) -> Roles:
@@ -262,7 +267,7 @@ def _roles(schedule: Schedule, index: int) -> Roles:
         )
     gated = _is_gated(schedule, index)
     # The last step before the gate, and every full one after it, have to serve those that follow.
-    serves_all = not gated and isinstance(schedule.gate_step, int) and index + 1 >= schedule.gate_step
+    serves_all = not gated and _is_past_gate(schedule, index + 1)
     self_attention = Role.LIVE
     if schedule.caches_self_attention and not (gated and schedule.fi_interval == 1):
         # Where it is computed it is also captured, so that one graph serves both.
