@@ -67,6 +67,31 @@ def companions_of(pipe: Any, entry: zoo.Entry) -> list[oracle.Network]:
     return found
 
 
+def calls_of(entry: zoo.Entry) -> int:
+    """How many calls of a denoiser a step has."""
+    return 2 if entry.form == "calls" else 1
+
+
+def by_hooks(pipe: Any, entry: zoo.Entry, gate: int, **rule: Any) -> tuple[torch.Tensor, list[oracle.Network]]:
+    """What the pipeline generates with the gate as the oracle has it, and the denoisers; ``rule`` is the oracle's."""
+    networks = [
+        oracle.Network(each, oracle.find_sites(each, lambda: entry.run(pipe), entry.latents, entry.text))
+        for each in denoisers_of(pipe, entry)
+    ]
+    expected = oracle.gated(
+        networks,
+        lambda: entry.run(pipe),
+        gate,
+        entry.form,
+        calls_of(entry),
+        loop=entry.loop,
+        companions=companions_of(pipe, entry),
+        companions_form=entry.companions_form,
+        **rule,
+    )
+    return expected, networks
+
+
 def outputs_of(pipe: Any, entry: zoo.Entry) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """What a generation gives, and the denoisers' outputs, call by call."""
     seen: list[torch.Tensor] = []
@@ -81,28 +106,15 @@ def outputs_of(pipe: Any, entry: zoo.Entry) -> tuple[torch.Tensor, list[torch.Te
 @pytest.mark.parametrize("entry", parameters(ENTRIES, FIRST))
 def test_gated_eagerly(entry: zoo.Entry) -> None:
     pipe = entry.make()
-    denoisers = denoisers_of(pipe, entry)
-    calls = 2 if entry.form == "calls" else 1
-    sites = [oracle.find_sites(each, lambda: entry.run(pipe), entry.latents, entry.text) for each in denoisers]
-    assert all(sites)
+    calls = calls_of(entry)
     plain, plain_outputs = outputs_of(pipe, entry)
-    networks = [oracle.Network(*pair) for pair in zip(denoisers, sites, strict=True)]
-    companions = companions_of(pipe, entry)
-    expected = oracle.gated(
-        networks,
-        lambda: entry.run(pipe),
-        GATE,
-        entry.form,
-        calls,
-        loop=entry.loop,
-        companions=companions,
-        companions_form=entry.companions_form,
-    )
+    expected, networks = by_hooks(pipe, entry, GATE)
+    assert all(network.sites for network in networks)
 
     if entry.form == "whole":
         check_one_branch_is_refused(pipe, entry)
     tgate_fx.gate(pipe, gate_step=GATE, after_gate=entry.after_gate, **entry.settings)
-    assert [site.name for site in tgate_fx.sites(pipe)] == [name for names in sites for name in names]
+    assert [site.name for site in tgate_fx.sites(pipe)] == [name for network in networks for name in network.sites]
     got, outputs = outputs_of(pipe, entry)
     assert torch.isfinite(got).all()
     assert relative_error(got, expected) < 1e-5

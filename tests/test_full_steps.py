@@ -14,9 +14,10 @@ from tests.conftest import CountingBackend
 from tests.test_companions import SometimesControlled, network_of
 from tests.test_companions import make as make_controlled
 from tests.test_compile import relative_error
-from tests.test_families import ENTRIES, companions_of, denoisers_of, outputs_of
+from tests.test_families import ENTRIES, calls_of, outputs_of
+from tests.test_families import by_hooks as by_hooks_of_entry
 from tests.test_refusals import says
-from tests.test_rules import GATE, STEPS, alpha, by_hooks, generate, level_of, with_velocity
+from tests.test_rules import GATE, ONE_BRANCH, STEPS, alpha, by_hooks, generate, level_of, with_velocity
 from tests.test_schedule import table
 from tgate_fx.schedule import Schedule
 
@@ -227,39 +228,18 @@ def test_what_is_refused(value: Any) -> None:
     assert torch.equal(generate(pipe), expected)
 
 
-ONE_BRANCH = [each for each in ENTRIES if each.form != "whole" and "before the gate" not in each.pipeline]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("entry", ONE_BRANCH, ids=lambda each: each.pipeline)
 def test_every_family(entry: zoo.Entry) -> None:
     """Against the same hooks, with guidance that goes on where that is known of the scheduler."""
     pipe = entry.make()
-    denoisers = denoisers_of(pipe, entry)
-    calls = 2 if entry.form == "calls" else 1
-    sites = [oracle.find_sites(each, lambda: entry.run(pipe), entry.latents, entry.text) for each in denoisers]
-    networks = [oracle.Network(*pair) for pair in zip(denoisers, sites, strict=True)]
-    steps = len(outputs_of(pipe, entry)[1]) // calls
+    steps = len(outputs_of(pipe, entry)[1]) // calls_of(entry)
     guides = entry.form in ("batch", "reversed", "calls") and entry.loop is None
     level: Callable[[int], float] | None = level_of(pipe, lambda: entry.run(pipe)) if guides else None
     if level is not None and level(0) == 0:  # of a first step of nothing but noise there is no difference to hold
         level = None
     forecast = 2 if entry.loop is None else 1
     rule = {"after_gate": "guided" if level is not None else entry.after_gate, "cache_weight": 1.0}
-    expected = oracle.gated(
-        networks,
-        lambda: entry.run(pipe),
-        1,
-        entry.form,
-        calls,
-        loop=entry.loop,
-        companions=companions_of(pipe, entry),
-        companions_form=entry.companions_form,
-        weight=1.0,
-        forecast=forecast,
-        steps=steps,
-        level=level,
-        full=(2,),
-    )
+    expected, _ = by_hooks_of_entry(pipe, entry, 1, weight=1.0, forecast=forecast, steps=steps, level=level, full=(2,))
     tgate_fx.gate(pipe, gate_step=1, full_steps=(2,), forecast=forecast, **rule, **entry.settings)
     assert relative_error(entry.run(pipe), expected) < 1e-4

@@ -13,7 +13,8 @@ import tgate_fx
 from tests import oracle, tiny, zoo
 from tests.conftest import CountingBackend
 from tests.test_compile import relative_error
-from tests.test_families import ENTRIES, companions_of, denoisers_of, outputs_of
+from tests.test_families import ENTRIES, calls_of, outputs_of
+from tests.test_families import by_hooks as by_hooks_of_entry
 from tests.test_refusals import says
 from tests.zoo import adapters, controlnet, wan
 from tgate_fx.forecast import Forecast
@@ -371,25 +372,9 @@ ONE_BRANCH = [each for each in ENTRIES if each.form != "whole" and "before the g
 def test_every_family(entry: zoo.Entry) -> None:
     """A weight of its own and steps that are forecast, against the same hooks."""
     pipe = entry.make()
-    denoisers = denoisers_of(pipe, entry)
-    calls = 2 if entry.form == "calls" else 1
-    sites = [oracle.find_sites(each, lambda: entry.run(pipe), entry.latents, entry.text) for each in denoisers]
-    networks = [oracle.Network(*pair) for pair in zip(denoisers, sites, strict=True)]
-    steps = len(outputs_of(pipe, entry)[1]) // calls
+    steps = len(outputs_of(pipe, entry)[1]) // calls_of(entry)
     forecast = 2 if entry.loop is None else 1
-    expected = oracle.gated(
-        networks,
-        lambda: entry.run(pipe),
-        1,
-        entry.form,
-        calls,
-        loop=entry.loop,
-        companions=companions_of(pipe, entry),
-        companions_form=entry.companions_form,
-        weight=0.8,
-        forecast=forecast,
-        steps=steps,
-    )
+    expected, networks = by_hooks_of_entry(pipe, entry, 1, weight=0.8, forecast=forecast, steps=steps)
     rule = {"after_gate": entry.after_gate, "cache_weight": 0.8, "forecast": forecast}
     tgate_fx.gate(pipe, gate_step=1, **rule, **entry.settings)
     assert relative_error(entry.run(pipe), expected) < 1e-5
@@ -430,10 +415,6 @@ def level_of(pipe: Any, plain: Callable[[], Any]) -> Callable[[int], float] | No
 )
 def test_guidance_goes_on_in_every_family(entry: zoo.Entry) -> None:
     pipe = entry.make()
-    calls = 2 if entry.form == "calls" else 1
-    denoisers = denoisers_of(pipe, entry)
-    sites = [oracle.find_sites(each, lambda: entry.run(pipe), entry.latents, entry.text) for each in denoisers]
-    networks = [oracle.Network(*pair) for pair in zip(denoisers, sites, strict=True)]
     level = level_of(pipe, lambda: entry.run(pipe))
     rule = {"after_gate": "guided", "cache_weight": 1.0}
     if level is None:
@@ -441,16 +422,6 @@ def test_guidance_goes_on_in_every_family(entry: zoo.Entry) -> None:
         with pytest.raises(tgate_fx.UnsupportedError, match=says("after_gate='guided'", "after_gate='positive'")):
             entry.run(pipe)
         return
-    expected = oracle.gated(
-        networks,
-        lambda: entry.run(pipe),
-        2,
-        entry.form,
-        calls,
-        companions=companions_of(pipe, entry),
-        companions_form=entry.companions_form,
-        weight=1.0,
-        level=level,
-    )
+    expected, _ = by_hooks_of_entry(pipe, entry, 2, weight=1.0, level=level)
     tgate_fx.gate(pipe, 2, **rule, **entry.settings)
     assert relative_error(entry.run(pipe), expected) < 1e-4
