@@ -167,6 +167,8 @@ def test_compiled(entry: zoo.Entry, backend: CountingBackend) -> None:
     pipe = tgate_fx.compile(entry.make(), **settings, backend=backend)
     for _ in range(2):
         assert relative_error(entry.run(pipe), expected) < 1e-5
+    assert len(backend.graphs) == entry.graphs
+    assert tgate_fx.report(pipe).recompiles == 0
     for rule in rules_for(entry):
         try:
             expected = entry.run(eager, **rule)
@@ -176,7 +178,7 @@ def test_compiled(entry: zoo.Entry, backend: CountingBackend) -> None:
             assert "guided" in rule.values()
         else:
             assert relative_error(entry.run(pipe, **rule), expected) < 1e-5
-    assert len(backend.graphs) == entry.graphs
+    assert len(backend.graphs) == entry.graphs + entry.graphs_of_full
     assert tgate_fx.report(pipe).recompiles == 0
 
 

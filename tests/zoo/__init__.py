@@ -40,6 +40,8 @@ class Entry:
         only_cross: whether text reaches the denoiser by cross-attention only.
         loop: how many steps each of the pipeline's loops has, if it has several.
         graphs: how many graphs two generations take.
+        graphs_of_full: how many more a full step after the gate takes, where the denoiser is not given there what it
+            was given before.
         settings: what `tgate_fx.gate` has to be given besides.
     """
 
@@ -56,6 +58,7 @@ class Entry:
     only_cross: bool = True
     loop: int | None = None
     graphs: int = 2
+    graphs_of_full: int = 0
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property

@@ -109,7 +109,7 @@ ENTRIES = [
         "StableDiffusionXLAdapterPipeline to the gate",
         xl_with_adapter,
         lambda: inputs(image=image(), adapter_conditioning_factor=0.5, **pooled()),
-        **UNET,
+        **{**UNET, "graphs_of_full": 1},
     ),
     Entry(
         "StableDiffusionPipeline IP-Adapters",

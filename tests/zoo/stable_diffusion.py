@@ -116,7 +116,7 @@ ENTRIES = [
         f"{NAME}GLIGENPipeline whose boxes count for a part of the steps",
         gligen,
         lambda: boxed(0.75),
-        **{**UNET, "graphs": 3},
+        **{**UNET, "graphs": 3, "graphs_of_full": 1},
     ),
     Entry("PaintByExamplePipeline", paint_by_example, painted, **UNET),
     Entry(
