@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 import tgate_fx
-from tgate_fx.bench.workload import PIPELINES, Workload
+from tgate_fx.bench.models import MODELS
+from tgate_fx.bench.workload import Workload
 
 MODES = (None, "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 _TOLERANCE = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.2}  # of the largest latent
@@ -73,12 +74,12 @@ def row(mode: str | None, workload: Workload, denoiser: Path) -> tuple[list[str]
 
 
 @click.command()
-@click.option("--arch", type=click.Choice(list(PIPELINES)), default="sd15", show_default=True)
-@click.option("--size", default=64, show_default=True, help="Latents per side.")
+@click.option("--arch", type=click.Choice(list(MODELS)), default="sd15", show_default=True)
+@click.option("--size", type=click.IntRange(min=8), help="Latents per side, if not the model's own.")
 @click.option("--steps", default=25, show_default=True)
 @click.option("--gate-step", default=10, show_default=True)
 @click.option("--dtype", type=click.Choice(list(_TOLERANCE)), default="float16", show_default=True)
-def main(arch: str, size: int, steps: int, gate_step: int, dtype: str) -> None:
+def main(arch: str, size: int | None, steps: int, gate_step: int, dtype: str) -> None:
     """Check gated pipelines under CUDA graphs."""
     if not torch.cuda.is_available():
         raise click.UsageError(
@@ -86,7 +87,7 @@ def main(arch: str, size: int, steps: int, gate_step: int, dtype: str) -> None:
             "pytest tests/test_cuda_graphs.py."
         )
     workload = Workload(arch, size, steps, (gate_step,), dtype, "cuda")
-    table = Table(title=f"{arch}, {size}x{size} latents, {dtype}, {torch.cuda.get_device_name()}")
+    table = Table(title=f"{arch}, latents {workload.latent_shape[1:]}, {dtype}, {torch.cuda.get_device_name()}")
     headings = (
         "mode",
         "difference",

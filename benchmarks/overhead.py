@@ -29,7 +29,8 @@ import torch
 import tgate_fx
 from tests import tiny
 from tgate_fx.bench.machine import machine
-from tgate_fx.bench.workload import PIPELINES, Workload
+from tgate_fx.bench.models import MODELS
+from tgate_fx.bench.workload import Workload
 from tgate_fx.compiled.variant import Variant
 from tgate_fx.macs.architectures import ARCHITECTURES
 
@@ -56,9 +57,9 @@ def tiny_pipeline() -> tuple[Any, Generate]:
 
 def full_pipeline(arch: str) -> tuple[Any, Generate]:
     """A model at full size, without text encoder and VAE; its latents do not matter, as nothing is computed."""
-    pipe = PIPELINES[arch](ARCHITECTURES[arch].build("cpu"))
+    pipe = MODELS[arch].pipeline(ARCHITECTURES[arch].build("cpu"))
     pipe.set_progress_bar_config(disable=True)
-    workload = Workload(arch, 8, 0, (), "float32")
+    workload = Workload(arch, 8 if ARCHITECTURES[arch].latents is None else None, 0, (), "float32")
 
     def generate(num_inference_steps: int, **kwargs: Any) -> object:
         return workload.latents(pipe, num_inference_steps, **kwargs)
@@ -123,7 +124,7 @@ def dispatch_microseconds(pipe: Any, generate: Generate, steps: int) -> dict[str
 
 
 @click.command()
-@click.option("--arch", "archs", type=click.Choice(["tiny", *PIPELINES]), multiple=True, default=("tiny", "sd15"))
+@click.option("--arch", "archs", type=click.Choice(["tiny", *MODELS]), multiple=True, default=("tiny", "sd15"))
 @click.option("--steps", type=click.IntRange(min=4), default=100, show_default=True)
 def main(archs: tuple[str, ...], steps: int) -> None:
     """Measure it."""

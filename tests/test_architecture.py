@@ -38,7 +38,7 @@ tuning.mobilenet tuning.likeness tuning.kept tuning.measure tuning.show
 tgate_fx
 macs.architecture macs.images macs.wan macs.videos macs.sounds macs.architectures macs.count macs.table macs.limits
 demo.scenes demo.grid demo demo.compare
-bench.machine bench.workload bench.openvino bench.prepare bench.contenders bench.worker bench.race
+bench.machine bench.models bench.workload bench.openvino bench.prepare bench.contenders bench.worker bench.race
 bench.results bench.plots bench.tables
 commands.options commands.macs commands.demo commands.bench commands.tune commands
 __main__

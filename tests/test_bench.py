@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -14,13 +15,15 @@ import numpy as np
 import pytest
 import torch
 
+import tgate_fx
 from tests.conftest import run
 from tgate_fx.bench import machine, plots, prepare, tables
-from tgate_fx.bench.contenders import CONTENDERS, LADDER, applicable
+from tgate_fx.bench.contenders import CONTENDERS, LADDER, applicable, reference_of
+from tgate_fx.bench.models import MODELS
 from tgate_fx.bench.race import Outcome, Race, _Runner, groups
 from tgate_fx.bench.results import results
 from tgate_fx.bench.worker import Finished, Ready, Timing
-from tgate_fx.bench.workload import PIPELINES, Workload
+from tgate_fx.bench.workload import Workload
 from tgate_fx.compiled.settings import CompileSettings
 from tgate_fx.macs import count as macs
 from tgate_fx.macs.architectures import ARCHITECTURES
@@ -30,6 +33,15 @@ WORKLOAD = Workload("demo", 16, 5, (2,), "float32")
 GEMM = {0: [100.0], 1: [100.0]}
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 ON_A_CPU, ON_A_GPU = (applicable(tuple(CONTENDERS), "sd15", device) for device in ("cpu", "cuda"))
+SMALL_WAN = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "text_dim": 4096,
+    "freq_dim": 32,
+    "ffn_dim": 40,
+    "num_layers": 2,
+    "rope_max_seq_len": 32,
+}
 COMMITTED = sorted(RESULTS.glob("bench-*.json"))
 
 
@@ -49,6 +61,41 @@ def test_transformers_have_no_deep_branch_and_no_callback() -> None:
     assert set(ON_A_CPU) - set(left) == {name for name in ON_A_CPU if "deepcache" in name or "cutoff" in name}
 
 
+def test_without_upstream_the_eager_gate_is_the_reference() -> None:
+    for device in ("cpu", "cuda"):
+        names = applicable(tuple(CONTENDERS), "wan-1.3b", device)
+        assert {"diffusers", "gated", "gated-intervals", "gated-forecast"} <= set(names)
+        assert {reference_of(name, "wan-1.3b") for name in names} <= {*names, None}
+    assert reference_of("gated-graphs", "wan-1.3b") == reference_of("gated-compiled", "wan-1.3b") == "gated"
+    assert reference_of("gated", "wan-1.3b") is reference_of("gated-intervals", "wan-1.3b") is None
+    for name, contender in CONTENDERS.items():
+        assert reference_of(name, "sd15") == contender.reference
+
+
+def test_a_video_is_timed_in_its_own_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = Workload("wan-1.3b", None, 5, (2,), "float32").inputs
+    assert (inputs["num_frames"], inputs["height"], inputs["width"]) == (81, 480, 832)
+    assert inputs["prompt_embeds"].shape == (1, 512, 4096)
+    with pytest.raises(tgate_fx.ArgumentError, match="its latents have one shape only, 16×21×60×104"):
+        Workload("wan-1.3b", 8, 5, (2,), "float32").inputs  # noqa: B018
+
+    small = dataclasses.replace(ARCHITECTURES["wan-1.3b"], config=SMALL_WAN, latents=(16, 3, 8, 8))
+    monkeypatch.setitem(ARCHITECTURES, "wan-1.3b", small)
+    workload, latents = Workload("wan-1.3b", None, 5, (2,), "float32", batch=2), {}
+    assert workload.latent_shape == (16, 3, 8, 8)
+    for name in ("diffusers", "gated", "gated-intervals", "gated-forecast"):
+        torch.manual_seed(0)
+        pipe = MODELS["wan-1.3b"].pipeline(small.build("cpu"))
+        pipe.set_progress_bar_config(disable=True)
+        generate = CONTENDERS[name].prepare(pipe, workload)
+        latents[name] = generate(5, 2)
+        assert latents[name].shape == (2, 16, 3, 8, 8)
+        if name != "diffusers":
+            assert not torch.equal(latents[name], latents["diffusers"])
+            assert [step.phase for step in tgate_fx.report(pipe).steps][2:3] == ["post-gate"]
+    assert not torch.equal(latents["gated-forecast"], latents["gated"])
+
+
 @pytest.mark.parametrize("names", [ON_A_CPU, ON_A_GPU])
 def test_what_a_contender_is_compared_with_runs_on_its_devices(names: tuple[str, ...]) -> None:
     for name in names:
@@ -65,7 +112,7 @@ def test_the_ungated_run_of_compiled_contenders_captures_nothing(monkeypatch: py
         return graph.forward
 
     monkeypatch.setattr(prepare, "CompileSettings", functools.partial(CompileSettings, backend))
-    pipe = PIPELINES["demo"](ARCHITECTURES["demo"].build("cpu"))
+    pipe = MODELS["demo"].pipeline(ARCHITECTURES["demo"].build("cpu"))
     pipe.set_progress_bar_config(disable=True)
     expected = WORKLOAD.latents(pipe, 3)
     # What it sets is for the whole process.

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..schedule import Schedule
+from .models import MODELS
 from .prepare import DEEPCACHE, Prepare, as_phases, cutoff, deepcache_package, gated, openvino, plain, upstream
 
 INTERVALS: dict[str, Any] = {"sp_interval": 5, "fi_interval": 1, "warm_up": 2}
@@ -214,6 +215,18 @@ LADDER: dict[str, str | None] = {
 
 def applicable(names: tuple[str, ...], arch: str, device: str) -> tuple[str, ...]:
     """Return those of the contenders that there are for a model on a device."""
-    without = ("cutoff", "deepcache") if arch.startswith("pixart") else ()
     there = [name for name in names if device in CONTENDERS[name].devices]
-    return tuple(name for name in there if not any(part in name for part in without))
+    return tuple(name for name in there if not any(part in name for part in MODELS[arch].without))
+
+
+# Who stands in for upstream as a reference, where upstream has no loader for a model.
+_INSTEAD_OF_UPSTREAM = {"tgate": "gated", "tgate-intervals": "gated-intervals"}
+
+
+def reference_of(name: str, arch: str) -> str | None:
+    """Return the contender whose latents another's are checked against for a model; None for a reference itself."""
+    reference = CONTENDERS[name].reference
+    if reference is None or applicable((reference,), arch, CONTENDERS[name].devices[0]):
+        return reference
+    instead = _INSTEAD_OF_UPSTREAM[reference]
+    return None if instead == name else instead

@@ -110,7 +110,7 @@ def _name(row: dict[str, Any]) -> str:
 def _title(results: dict[str, Any]) -> str:
     workload, machine = results["workload"], results["machine"]
     return (
-        f"{workload['model']}, latents {workload['latents'][1]}×{workload['latents'][2]}, {workload['steps']} steps, "
+        f"{workload['model']}, latents {'×'.join(map(str, workload['latents'][1:]))}, {workload['steps']} steps, "
         f"{workload['dtype']}: {machine.get('gpu') or machine['cpu']}, {machine['threads']} threads"
     )
 

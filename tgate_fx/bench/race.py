@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from rich.progress import Progress
 
-from .contenders import CONTENDERS
+from .contenders import CONTENDERS, reference_of
 from .machine import gemm_gflops, memory_gib
 from .worker import Failed, Finished, Ready, Timing, work
 from .workload import Workload
@@ -69,7 +69,7 @@ def race(names: Sequence[str], workload: Workload, rounds: int, keep: Callable[[
     with tempfile.TemporaryDirectory() as folder, Progress() as progress:
         denoiser = Path(folder) / "denoiser.pt"
         gib = workload.save_denoiser(denoiser)
-        for name in sorted({str(CONTENDERS[name].reference) for name in names} - {"None"}):
+        for name in sorted({str(reference_of(name, workload.arch)) for name in names} - {"None"}):
             progress.console.print(f"{CONTENDERS[name].title}: the reference's image")
             with _process(Outcome(name, -1), workload, denoiser) as runner:
                 runner.get_ready()
@@ -124,6 +124,7 @@ class _Runner:
 
     def __init__(self, outcome: Outcome, workload: Workload, connection: Connection) -> None:
         self.outcome = outcome
+        self._reference = reference_of(outcome.name, workload.arch)
         self._connection = connection
         takes_gate = CONTENDERS[outcome.name].takes_gate
         self.gates: tuple[int | None, ...] = workload.gates if takes_gate else (None,)
@@ -133,17 +134,16 @@ class _Runner:
 
     def check(self, references: dict[str, np.ndarray[Any, Any]], tolerance: float) -> None:
         """Compare what it generated with its reference; one that disagrees is out."""
-        reference = CONTENDERS[self.outcome.name].reference
-        if reference is None or self.outcome.ready is None:
+        if self._reference is None or self.outcome.ready is None:
             return
-        if reference not in references:
-            self.outcome.failure = f"its reference, {reference}, failed"
+        if self._reference not in references:
+            self.outcome.failure = f"its reference, {self._reference}, failed"
             return
-        expected = references[reference]
+        expected = references[self._reference]
         error = float(np.abs(self.outcome.ready.latents - expected).max() / np.abs(expected).max())
         self.outcome.error = error
         if not error <= (0 if CONTENDERS[self.outcome.name].exact else tolerance):
-            self.outcome.failure = f"its latents are {error:.1e} away from those of {reference}"
+            self.outcome.failure = f"its latents are {error:.1e} away from those of {self._reference}"
 
     def run(self, gate: int | None) -> None:
         time.sleep(_PAUSE)

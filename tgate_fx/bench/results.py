@@ -9,7 +9,7 @@ from typing import Any
 
 from ..macs.architectures import ARCHITECTURES
 from ..macs.count import Generation, image_cost, step_costs
-from .contenders import CONTENDERS, Contender
+from .contenders import CONTENDERS, Contender, reference_of
 from .machine import machine
 from .prepare import DEEPCACHE
 from .race import Outcome, Race
@@ -39,7 +39,7 @@ def results(race: Race, workload: Workload, rounds: int) -> dict[str, Any]:
         "workload": {
             "model": ARCHITECTURES[workload.arch].title,
             "arch": workload.arch,
-            "latents": [4, workload.size, workload.size],
+            "latents": list(workload.latent_shape),
             "steps": workload.steps,
             "dtype": workload.dtype,
             "device": workload.device,
@@ -86,7 +86,7 @@ def _row(
         "peak_gib": max(outcome.ready.peak_gib, outcome.finished.peak_gib),
         "running_gib": outcome.finished.peak_gib,
         "error": outcome.error,
-        "reference": contender.reference,
+        "reference": reference_of(outcome.name, workload.arch),
         "graphs": outcome.finished.graphs,
         "graph_breaks": outcome.finished.graph_breaks,
         "recompiles": outcome.finished.graphs - outcome.ready.graphs,

@@ -15,7 +15,7 @@ def show(results: dict[str, Any]) -> None:
     """Print a row for each contender and gate, the slowest first, and who failed."""
     workload, console = results["workload"], Console()
     table = _table(
-        f"{workload['model']}, latents {workload['latents'][1]}×{workload['latents'][2]}, "
+        f"{workload['model']}, latents {'×'.join(map(str, workload['latents'][1:]))}, "
         f"{workload['steps']} steps, {workload['dtype']}, "
         f"{results['machine'].get('gpu', 'CPU')}, batch {workload.get('batch', 1)}",
         ("", "gate", "image", "speed-up", "pre", "post", "limit", "compile", "GiB"),

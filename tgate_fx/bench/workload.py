@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,59 +12,7 @@ import torch
 from torch import nn
 
 from ..macs.architectures import ARCHITECTURES
-
-_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-
-
-def _made(name: str, **parts: Any) -> Any:
-    """Return an object of one of diffusers' classes, which takes time to import and has no types."""
-    return getattr(importlib.import_module("diffusers"), name)(**parts)
-
-
-def _sd(unet: nn.Module) -> Any:
-    scheduler = _made("DDIMScheduler", **_BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
-    return _made(
-        "StableDiffusionPipeline",
-        vae=None,
-        text_encoder=None,
-        tokenizer=None,
-        unet=unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-
-
-def _sdxl(unet: nn.Module) -> Any:
-    return _made(
-        "StableDiffusionXLPipeline",
-        vae=None,
-        text_encoder=None,
-        text_encoder_2=None,
-        tokenizer=None,
-        tokenizer_2=None,
-        unet=unet,
-        scheduler=_made("EulerDiscreteScheduler", **_BETAS, steps_offset=1),
-        add_watermarker=False,
-    )
-
-
-def _pixart(transformer: nn.Module) -> Any:
-    scheduler = _made("DPMSolverMultistepScheduler", beta_start=0.0001, beta_end=0.02)
-    return _made(
-        "PixArtAlphaPipeline", tokenizer=None, text_encoder=None, vae=None, transformer=transformer, scheduler=scheduler
-    )
-
-
-# How each model's pipeline is put together, without what runs once an image only: text encoder and VAE.
-PIPELINES: dict[str, Callable[[nn.Module], Any]] = {
-    "demo": _sd,
-    "sd15": _sd,
-    "sd21": _sd,
-    "sdxl": _sdxl,
-    "pixart-alpha": _pixart,
-}
+from .models import MODELS
 
 
 @dataclass(frozen=True)
@@ -73,8 +20,8 @@ class Workload:
     """One model and how it is run.
 
     Attributes:
-        arch: a name in `PIPELINES`.
-        size: latents per side.
+        arch: a name in `MODELS`.
+        size: latents per side; None for the model's own, the only one that videos have.
         steps: of an image.
         gates: the gate steps that gated contenders are timed with.
         dtype: of weights and latents, such as "float32".
@@ -83,12 +30,17 @@ class Workload:
     """
 
     arch: str
-    size: int
+    size: int | None
     steps: int
     gates: tuple[int, ...]
     dtype: str
     device: str = "cpu"
     batch: int = 1
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Of one image or video."""
+        return ARCHITECTURES[self.arch].latent_shape(self.size)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -111,7 +63,7 @@ class Workload:
             module = nn.Module.to(module, self.device)
             if hasattr(module, "down_blocks"):
                 module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        pipe = PIPELINES[self.arch](module)
+        pipe = MODELS[self.arch].pipeline(module)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
@@ -126,24 +78,18 @@ class Workload:
 
         sides = ("prompt", "negative_prompt")
         text = {f"{side}_embeds": embedding(1, architecture.tokens, architecture.text_width) for side in sides}
-        if self.arch == "sdxl":
-            text |= {f"{side}_embeds": embedding(1, 1280) for side in ("pooled_prompt", "negative_pooled_prompt")}
-        more: dict[str, Any] = {}
-        if self.arch == "pixart-alpha":
-            mask = torch.ones(1, architecture.tokens, device=self.device)
-            more = {f"{side}_attention_mask": mask for side in sides}
-            more |= {"use_resolution_binning": False, "negative_prompt": None}
-        return {**text, **more, "height": 8 * self.size, "width": 8 * self.size}
+        height, width = (8 * side for side in self.latent_shape[-2:])
+        return {**text, **MODELS[self.arch].inputs(embedding, architecture), "height": height, "width": width}
 
     def latents(self, call: Callable[..., Any], steps: int, *, seed: int = 0, **more: Any) -> torch.Tensor:
         """Return the latents that a call of a pipeline ends with, given `inputs` and ``more``."""
         result = call(
             **self.inputs,
             num_inference_steps=steps,
-            num_images_per_prompt=self.batch,
             generator=torch.Generator(self.device).manual_seed(seed),
             output_type="latent",
             return_dict=False,
+            **{MODELS[self.arch].batch: self.batch},
             **more,
         )
         latents: torch.Tensor = result if isinstance(result, torch.Tensor) else result[0]

@@ -10,7 +10,8 @@ from typing import Any
 import click
 import torch
 
-from ..bench.workload import PIPELINES, Workload
+from ..bench.models import MODELS
+from ..bench.workload import Workload
 from .options import OutFile, check_gated
 
 # The packages that contenders of these names need.
@@ -20,7 +21,7 @@ _PACKAGES = {"tgate": "tgate", "deepcache": "DeepCache", "openvino": "openvino"}
 @click.command()
 @click.option(
     "--arch",
-    type=click.Choice(list(PIPELINES)),
+    type=click.Choice(list(MODELS)),
     default="demo",
     show_default=True,
     help="The model, with random weights.",
@@ -69,7 +70,7 @@ def bench(
     for gate in gates:
         check_gated(gate, steps)
     from ..bench import plots, tables
-    from ..bench.contenders import CONTENDERS, LADDER, applicable
+    from ..bench.contenders import CONTENDERS, LADDER, applicable, reference_of
     from ..bench.race import Race, race
     from ..bench.results import results
     from ..macs.architectures import ARCHITECTURES
@@ -85,15 +86,15 @@ def bench(
         )
     if device == "cuda" and not torch.cuda.is_available():
         raise click.UsageError("--device cuda: torch finds no GPU with CUDA. Leave it out to measure on the CPU.")
-    run = " ".join([*names, *[str(CONTENDERS[name].reference) for name in names]])
+    run = " ".join([*names, *[str(reference_of(name, arch)) for name in names]])
     needed = {package for part, package in _PACKAGES.items() if part in run}
     needed |= {"matplotlib"} if plot_out is not None else set()
     missing = sorted(package for package in needed if importlib.util.find_spec(package) is None)
     if missing:
         raise click.UsageError(f"This needs {', '.join(missing)}: pip install 'tgate_fx[bench]'.")
-    side = size or ARCHITECTURES[arch].config["sample_size"]
+    ARCHITECTURES[arch].latent_shape(size)  # refuses a size where there is no choice
     dtype = dtype or ("float16" if device == "cuda" else "float32")
-    workload = Workload(arch, side, steps, tuple(dict.fromkeys(gates)), dtype, device, batch)
+    workload = Workload(arch, size, steps, tuple(dict.fromkeys(gates)), dtype, device, batch)
     measured: dict[str, Any] = {}
 
     def keep(run: Race) -> None:

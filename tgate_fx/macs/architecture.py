@@ -53,24 +53,37 @@ class Architecture:
             nn.Module.to(denoiser, device)  # tables that were made of numpy's arrays
         return denoiser.eval().requires_grad_(False)
 
+    def latent_shape(self, size: int | None = None) -> tuple[int, ...]:
+        """Return the shape of the latents of a row: channels, frames of a video, height, width.
+
+        Args:
+            size: latents per side, if they are those of an image that may have any size.
+
+        Raises:
+            ArgumentError: a size was given, and the latents have their own shape.
+        """
+        if self.latents is None:
+            side: int = self.config["sample_size"] if size is None else size
+            return (4, side, side)
+        if size is not None:
+            raise ArgumentError(
+                f"size={size} was given for {self.title}: expected none, since its latents have one shape only, "
+                f"{'×'.join(map(str, self.latents))}."
+            )
+        return self.latents
+
     def inputs(self, rows: int, size: int | None = None, device: str = "meta") -> dict[str, Any]:
         """Return the denoiser's inputs, by name: random on a real device.
 
         Args:
             rows: how many rows of latents.
-            size: latents per side, if they are those of an image that may have any size.
+            size: see `latent_shape`.
             device: where they are.
 
         Raises:
-            ArgumentError: a size was given, and the latents have their own shape.
+            ArgumentError: see `latent_shape`.
         """
-        if size is not None and self.latents is not None:
-            raise ArgumentError(
-                f"size={size} was given for {self.title}: expected none, since its latents are counted in one shape "
-                f"only, {'×'.join(map(str, self.latents))}."
-            )
-        side = self.config.get("sample_size") if size is None else size
-        shape = self.latents or (4, side, side)
+        shape = self.latent_shape(size)
         with torch.device(device):
             return {
                 "sample" if "UNet" in self.cls else "hidden_states": torch.randn(rows, *shape),
