@@ -54,7 +54,7 @@ _LAST_FULL = 13
 _FULL = "guided, full steps, forecast 4"
 _FEWER = {f"ungated, {steps} steps": steps for steps in (11, 13, 16)}  # in all: the rival at 0.88, 1.04 and 1.28 rows
 _MAIN = ("conditional", "mean", "guided", "guided, forecast 2", "cutoff")  # at all gates
-_IN_THE_GRID = ("conditional", "mean", "guided")
+_IN_THE_GRID = (_FULL, "guided", "conditional", "mean")
 _GATE_IN_THE_GRID = 5
 
 
@@ -86,7 +86,7 @@ class Point:
 
 
 def points() -> list[Point]:
-    """Every point, those first that say most: the main rules at two gates, then at others, then all else."""
+    """Every point, those first that say most: the main rules, then schedulers and guidance scales, then all else."""
     two, few = GATES[:2], GATES[:4]
     main = {gate: [Point(rule, gate) for rule in _MAIN] for gate in GATES}
     other = {gate: [Point(rule, gate) for rule in RULES if rule not in _MAIN] for gate in few}
@@ -99,10 +99,11 @@ def points() -> list[Point]:
     chosen += [Point(_FULL, gate) for gate in few]
     chosen += [*auto, Point("guided, forecast 3", 8), Point("guided, fewer steps 2", 5), *main[10], *deep]
     chosen += [each for gate in two for each in other[gate]]
-    chosen += [each for gate in GATES for each in main[gate] + other.get(gate, [])]
+    chosen += [each for gate in GATES for each in main[gate]]
     for name, scale in grid:
         rules = [Point(rule, _GATE_IN_THE_GRID, name, scale) for rule in _IN_THE_GRID]
         chosen += [Point("ungated", None, name, scale), *rules]
+    chosen += [each for gate in few for each in other[gate]]
     return list(dict.fromkeys(chosen))
 
 
