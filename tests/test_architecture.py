@@ -24,7 +24,7 @@ sites split
 dispatch network
 step_count report steps phases trend run companions companion_run
 gated
-compiled.cpu compiled.checksum compiled.settings compiled.openvino
+compiled.private compiled.cpu compiled.checksum compiled.settings compiled.openvino
 compiled.freed_graphs compiled.shared_weights compiled.frozen_weights compiled.dead_code compiled.onednn
 compiled.backend
 compiled.guard_policy compiled.untraceable compiled.lora_scales compiled.image_scales
@@ -68,7 +68,7 @@ INHERITED = frozenset(
 )
 
 # The doors to private names of torch, accelerate and diffusers.
-DOORS = ("private", "artifact.private")
+DOORS = ("private", "compiled.private", "artifact.private")
 
 
 @functools.cache

@@ -29,6 +29,7 @@ from tgate_fx import forward_patch, private
 from tgate_fx.artifact import fingerprint
 from tgate_fx.artifact import private as aot
 from tgate_fx.compiled import dead_code, settings, variant
+from tgate_fx.compiled import private as compiling
 
 KWARGS = {**tiny.inputs("sd"), "num_inference_steps": 5}
 
@@ -40,7 +41,8 @@ def take(monkeypatch: pytest.MonkeyPatch) -> Take:
     """Takes a name away from the door alone, since torch itself would fail without most of them."""
     gone: set[str] = set()
     find = private.find
-    monkeypatch.setattr(private, "find", lambda path: None if path in gone else find(path))
+    for door in (private, compiling):
+        monkeypatch.setattr(door, "find", lambda path: None if path in gone else find(path))
     return gone.add
 
 
@@ -127,8 +129,8 @@ def test_the_entry_that_ran_last_is_in_front() -> None:
     last = {}
     for size in (2, 3, 2, 3, 3, 2):
         function(torch.ones(size))
-        last.setdefault(size, private.last_run(double.__code__))
-        assert private.last_run(double.__code__) is last[size] is not None
+        last.setdefault(size, compiling.last_run(double.__code__))
+        assert compiling.last_run(double.__code__) is last[size] is not None
     assert last[2] is not last[3]
 
 
@@ -137,13 +139,13 @@ def test_guards_are_checked_without_what_entries_keep(monkeypatch: pytest.Monkey
         "torch._dynamo.eval_frame._debug_get_cache_entry_list": lambda code: [SimpleNamespace(code=code)],
         "torch._dynamo.eval_frame._stance": SimpleNamespace(stance="default"),
     }
-    monkeypatch.setattr(private, "find", found.__getitem__)
+    monkeypatch.setattr(compiling, "find", found.__getitem__)
     code = expected.__code__
-    assert private.last_run(code) is code
+    assert compiling.last_run(code) is code
     for name, lacking in zip(found, (lambda code: [SimpleNamespace()], SimpleNamespace()), strict=True):
         with monkeypatch.context() as patch:
             patch.setitem(found, name, lacking)
-            assert private.last_run(code) is None
+            assert compiling.last_run(code) is None
 
 
 def test_on_a_newer_torch_several_graphs_of_one_function_keep_their_guards(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,11 +153,11 @@ def test_on_a_newer_torch_several_graphs_of_one_function_keep_their_guards(monke
         return value * 2
 
     function = torch.compile(double, backend="eager", dynamic=False)
-    monkeypatch.setattr(private, "_ORDER_SEEN", (2, 8))
+    monkeypatch.setattr(compiling, "_ORDER_SEEN", (2, 8))
     function(torch.ones(2))
-    assert private.last_run(double.__code__) is not None
+    assert compiling.last_run(double.__code__) is not None
     function(torch.ones(3))
-    assert private.last_run(double.__code__) is None
+    assert compiling.last_run(double.__code__) is None
 
 
 def test_errors_of_torch_reach_the_user_as_they_are(take: Take, backend: CountingBackend) -> None:
@@ -187,9 +189,9 @@ def test_the_recompile_limit(gone: bool, take: Take, backend: CountingBackend) -
 def test_a_lock_of_its_own(take: Take) -> None:
     pipe = tgate_fx.gate(tiny.make("sd-small"), gate_step=2)
     tiny.latents(pipe, **KWARGS)
-    assert private.compile_lock() is torch._dynamo.convert_frame.compile_lock
+    assert compiling.compile_lock() is torch._dynamo.convert_frame.compile_lock
     take("torch._dynamo.convert_frame.compile_lock")
-    assert private.compile_lock() is private._own_lock
+    assert compiling.compile_lock() is compiling._own_lock
     assert list(tgate_fx.graphs(pipe)) == ["pre-gate", "post-gate"]
 
 
@@ -199,23 +201,23 @@ def test_graphs_are_traced_without(name: str, take: Take) -> None:
     pipe = tgate_fx.gate(tiny.make("sd-small"), gate_step=2)
     tiny.latents(pipe, **KWARGS)
     before = sum(tgate_fx.graphs(pipe)["post-gate"].operations().values())
-    assert private.is_operator(torch.ops.aten.clone.default)
-    assert private.is_metadata_assertion(torch.ops.aten._assert_tensor_metadata.default)
+    assert compiling.is_operator(torch.ops.aten.clone.default)
+    assert compiling.is_metadata_assertion(torch.ops.aten._assert_tensor_metadata.default)
     take(name)
     assert sum(tgate_fx.graphs(pipe)["post-gate"].operations().values()) >= before
-    assert private.is_operator(torch.ops.aten.clone.default) is ("aten" in name)
-    assert private.is_metadata_assertion(torch.ops.aten._assert_tensor_metadata.default) is ("_ops" in name)
+    assert compiling.is_operator(torch.ops.aten.clone.default) is ("aten" in name)
+    assert compiling.is_metadata_assertion(torch.ops.aten._assert_tensor_metadata.default) is ("_ops" in name)
 
 
 def test_without_a_schema_an_operator_may_do_anything() -> None:
-    assert not private.writes(torch.ops.aten.add.Tensor)
-    assert private.returns(torch.ops.aten.add.Tensor)
+    assert not compiling.writes(torch.ops.aten.add.Tensor)
+    assert compiling.returns(torch.ops.aten.add.Tensor)
     without_effect = {"is_mutable": False, "returns": ["Tensor"]}
-    assert not private.writes(SimpleNamespace(_schema=SimpleNamespace(**without_effect)))
+    assert not compiling.writes(SimpleNamespace(_schema=SimpleNamespace(**without_effect)))
     for operator in (SimpleNamespace(), SimpleNamespace(_schema=SimpleNamespace())):  # no _schema, nothing in it
-        assert private.writes(operator)
-        assert not private.returns(operator)
-    assert not private.is_metadata_assertion(None)
+        assert compiling.writes(operator)
+        assert not compiling.returns(operator)
+    assert not compiling.is_metadata_assertion(None)
 
 
 @pytest.mark.parametrize(
@@ -251,8 +253,8 @@ def test_without_freezing_cpus_compile_plainly(take: Take) -> None:
 
 def test_without_inductors_list_nothing_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
     for codecache in (SimpleNamespace(), SimpleNamespace(PyCodeCache=SimpleNamespace())):
-        monkeypatch.setitem(private.sys.modules, "torch._inductor.codecache", codecache)  # type: ignore[arg-type]
-        assert private.inductor_modules() == []
+        monkeypatch.setitem(compiling.sys.modules, "torch._inductor.codecache", codecache)  # type: ignore[arg-type]
+        assert compiling.inductor_modules() == []
 
 
 @pytest.mark.parametrize(
@@ -265,31 +267,31 @@ def test_without_its_hook_inductor_chooses_for_linear_layers(name: str) -> None:
         def pack_linear(self, graph: object, is_lp_weight: bool) -> None: ...
 
     passes = SimpleNamespace(CpuMkldnnDeviceOp=Packer, _get_mkldnn_device_op=lambda device: None)
-    assert private._onednn_packer(passes) is not None
+    assert compiling._onednn_packer(passes) is not None
     if name == "is_lp_weight":
         Packer.pack_linear = lambda self, graph, other: None  # type: ignore[method-assign, assignment]
     else:
         delattr(passes if hasattr(passes, name) else Packer, name)
-    assert private._onednn_packer(passes) is None
+    assert compiling._onednn_packer(passes) is None
 
 
 def test_without_the_file_of_its_hook_inductor_chooses_too(take: Take) -> None:
     take("torch._inductor.fx_passes.mkldnn_fusion")
-    with private.linear_layers_in_onednn():
+    with compiling.linear_layers_in_onednn():
         pass
 
 
 @pytest.mark.slow
 @blocks_share_graphs
 def test_without_a_guards_value_blocks_compile_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert private.guarded_value(SimpleNamespace()) is None
+    assert compiling.guarded_value(SimpleNamespace()) is None
     counts = []
     for _ in range(2):
         backend = CountingBackend()
         pipe = tgate_fx.compile(tiny.make("pixart-sigma"), gate_step=2, backend=backend, regional=True)
         tiny.latents(pipe, **tiny.inputs("pixart-sigma"), num_inference_steps=4)
         counts.append(len(backend.graphs))
-        monkeypatch.setattr(private, "guarded_value", lambda guard: None)
+        monkeypatch.setattr(compiling, "guarded_value", lambda guard: None)
     assert counts[0] < counts[1]
 
 
@@ -397,27 +399,27 @@ def test_state_of_another_name_is_a_difference(monkeypatch: pytest.MonkeyPatch) 
 def test_comparisons_are_refused_that_could_run_eagerly_unseen(take: Take) -> None:
     take("torch._dynamo.config.fail_on_recompile_limit_hit")
     with pytest.raises(tgate_fx.UnsupportedError, match=says("fail_on_recompile_limit_hit", "leave that out")):
-        private.fail_at_recompile_limit()
+        compiling.fail_at_recompile_limit()
 
 
 def test_what_benchmarks_count(take: Take) -> None:
-    assert len(private.graphs_and_breaks()) == 2
+    assert len(compiling.graphs_and_breaks()) == 2
     take("torch._dynamo.utils.counters")
-    assert private.graphs_and_breaks() == (0, 0)
-    assert private.cuda_graph_skips() == 0
+    assert compiling.graphs_and_breaks() == (0, 0)
+    assert compiling.cuda_graph_skips() == 0
     weights = torch.eye(2)
     take("torch.ops.mkldnn._linear_pointwise")
-    assert torch.equal(private.onednn_product(weights, weights), weights)
+    assert torch.equal(compiling.onednn_product(weights, weights), weights)
 
 
 def test_packed_weights_are_not_shared_where_they_cannot_be_read(take: Take) -> None:
     weight = torch.eye(4).to_mkldnn()
-    behind = private.packed(weight)
+    behind = compiling.packed(weight)
     assert behind is not None
     assert behind.data.nbytes == 64
     for name in ("data_ptr", "_nbytes", "_get_mkldnn_serialized_md"):
         take(f"torch.ops.mkldnn.{name}")
-        assert private.packed(weight) is None
+        assert compiling.packed(weight) is None
 
 
 _TABLES = (aot._NEEDED, aot._NEEDED_FOR_PACKED_WEIGHTS)
@@ -459,7 +461,7 @@ def names_of(door: types.ModuleType) -> set[str]:
 def test_every_name_of_the_doors_is_taken_away_here() -> None:
     here = Path(__file__).read_text()
     missing = []
-    for door in (private, aot):
+    for door in (private, compiling, aot):
         for name in sorted(names_of(door)):
             in_needed = any(f"{name}." in f"{each}." for each in NEEDED)
             if not in_needed and not re.search(rf"\b{name.rpartition('.')[2]}\b", here):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import private
+from .compiled import private
 from .compiled.dead_code import remove_dead_code
 from .errors import CompileError, StateError
 from .gated import Gated

@@ -17,8 +17,9 @@ from unittest import mock
 
 import torch
 
+from ..compiled.private import packed
 from ..errors import UnsupportedError
-from ..private import find, packed
+from ..private import find
 
 # The option that makes torch return the constants beside the code, by its name in torch 2.9, or since; nothing is
 # pickled.

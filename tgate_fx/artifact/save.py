@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .. import private
+from ..compiled import private
 from ..errors import ArgumentError, CompileError, UnsupportedError
 from ..network import Network
 from ..phase_graph import trace

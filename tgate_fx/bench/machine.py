@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from .. import private
+from ..compiled import private
 from ..compiled.cpu import cpuinfo
 
 _PACKAGES = ("torch", "diffusers", "transformers", "tgate_fx", "tgate", "DeepCache", "openvino")

@@ -10,7 +10,7 @@ import torch
 
 import tgate_fx
 
-from .. import private
+from ..compiled import private
 from ..compiled.backend import PrunedBackend
 from ..compiled.settings import CompileSettings
 from ..network import networks_of

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import private
+from ..compiled import private
 from .contenders import CONTENDERS
 from .machine import forget_peak, peak_gib, synchronize
 from .prepare import Generate

@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 
-from .. import private
 from ..errors import CompileError
-from . import openvino, shared_weights
+from . import openvino, private, shared_weights
 from .dead_code import may_have_an_effect, remove_dead_code
 from .freed_graphs import made_modules, release_with
 from .frozen_weights import FrozenWeights

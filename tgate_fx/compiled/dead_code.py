@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from .. import private
+from . import private
 
 
 def remove_dead_code(graph: torch.fx.Graph, may_have_an_effect: Callable[[torch.fx.Node], bool]) -> None:

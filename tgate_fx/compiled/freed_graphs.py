@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .. import private
+from . import private
 
 
 @contextmanager

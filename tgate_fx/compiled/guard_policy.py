@@ -13,9 +13,10 @@ from typing import Any
 
 from torch import nn
 
-from .. import private
 from ..errors import UnsupportedError
 from ..forward_patch import ForwardPatch
+from ..private import has_hooks
+from . import private
 
 # Pipelines of diffusers whose loop changes nothing on a denoiser, as a test sees too. (StableDiffusionGLIGENPipeline's
 # does.)
@@ -87,7 +88,7 @@ def runs_only_known_code(pipe: Any, pipeline_class: type[Any], denoiser: nn.Modu
     processors = [vars(module)["processor"] for module in modules if "processor" in vars(module)]
     classes = {pipeline_class, *[type(each) for each in (pipe.scheduler, *modules, *processors)]}
     return (
-        not any(map(private.has_hooks, modules))
+        not any(map(has_hooks, modules))
         and all(map(_is_known_class, classes))
         and all(map(_has_nothing_patched_in, (pipe, pipe.scheduler, *modules, *processors)))
     )

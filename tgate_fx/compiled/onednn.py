@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 
-from .. import private
+from . import private
 from .cpu import cpuinfo
 
 

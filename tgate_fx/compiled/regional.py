@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import private
 from ..errors import UnsupportedError
 from ..inputs import latents_of
 from ..network import Network
+from ..private import repeated_blocks
 from ..roles import Kind, Role
 from ..schedule import Step
 from ..sites import Part, Site, Sites
 from ..split import Cache, PhaseResult, run_in_roles
+from . import private
 from .settings import CompileSettings
 from .untraceable import check_traceable
 from .variant import CompiledPhases, Variant
@@ -66,7 +67,7 @@ def _hook_of(network: Network) -> _RegionHook:
     if regions:
         return regions[0].hook
     hook = _RegionHook()
-    named = private.repeated_blocks(network.module)
+    named = repeated_blocks(network.module)
     for name, block in list(network.module.named_modules()):
         within = [(index, site) for index, site in enumerate(sites.sites) if site.name.startswith(f"{name}.")]
         holds = any(site.kind is Kind.CROSS_ATTENTION and _parent(site.name) == name for _, site in within)

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from .. import private
 from ..errors import UnsupportedError
+from . import private
 
 _CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
 

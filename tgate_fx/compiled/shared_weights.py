@@ -12,7 +12,7 @@ from types import ModuleType
 
 import torch
 
-from .. import private
+from . import private
 from .checksum import checksum
 
 # Of all graphs of this process that are still there, by layout, shape, dtype and checksum. Written where Dynamo

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import private
 from ..errors import CompileError, TGateError
 from ..inputs import latents_of
 from ..phases import Phases
 from ..roles import Roles
 from ..schedule import Step
 from ..split import Cache, PhaseResult
+from . import private
 from .backend import PrunedBackend
 from .frozen_weights import FrozenWeights, can_be_read
 from .guard_policy import check_no_global_hooks
