@@ -33,7 +33,8 @@ from PIL import Image
 from tgate_fx.bench.machine import machine
 from tgate_fx.demo.scenes import random_scene
 
-from .serve import Generate, ImageRequest, application, generator, ready
+from .request_limits import headers_within
+from .serve import MOST_SECONDS, Generate, ImageRequest, application, generator, ready
 
 RESULTS = Path(__file__).parent / "results" / "load_test.json"
 BAD: tuple[dict[str, Any], ...] = (
@@ -136,12 +137,19 @@ def _failing(pipe: Any) -> Generate:
 
 
 @contextlib.contextmanager
-def serving(pipe: Any, generate: Generate, queue_length: int = 10_000, **limits: float) -> Iterator[str]:
+def serving(
+    pipe: Any,
+    generate: Generate,
+    queue_length: int = 10_000,
+    *,
+    header_seconds: float = MOST_SECONDS,
+    body_seconds: float = MOST_SECONDS,
+) -> Iterator[str]:
     """The service on a free port of this machine, in a thread; its address."""
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
-        app = application(pipe, generate, queue_length=queue_length, **limits)
-        server = uvicorn.Server(uvicorn.Config(app, log_level="critical"))
+        app = application(pipe, generate, queue_length=queue_length, body_seconds=body_seconds)
+        server = uvicorn.Server(uvicorn.Config(app, log_level="critical", http=headers_within(header_seconds)))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         while not server.started:

@@ -7,7 +7,8 @@
 One pipeline generates one image after the other; requests wait in a queue of limited length. What cannot be served is
 refused with a reason: 422 for a request that is wrong, 413 for one of more than 64 kB and 408 for one that does not
 arrive, 503 when the queue is full, 500 when generating failed, after which the next request is served as usual. A
-client that goes away while it waits is not generated for. Put it behind a proxy, which limits headers and connections.
+client that goes away while it waits is not generated for, and a connection whose headers do not arrive is closed. Put
+it behind a proxy, which limits connections.
 """
 
 from __future__ import annotations
@@ -35,10 +36,11 @@ import tgate_fx
 from tgate_fx import demo
 from tgate_fx.demo.compare import unknown_words
 
-from .body_limit import BodyLimit
+from .request_limits import BodyLimit, headers_within
 
 SIZE = 64  # pixels per side: what was compiled for
-_MOST_BYTES, _MOST_SECONDS = 2**16, 10.0  # of a request's body
+_MOST_BYTES = 2**16  # of a request's body
+MOST_SECONDS = 10.0  # until a request's headers are there, and then its body
 _CLIENT_LEFT = 499  # the status that nginx made customary for it; nobody reads it
 
 
@@ -137,7 +139,7 @@ async def _left(request: Request) -> None:
 
 
 def application(
-    pipe: Any, generate: Generate, *, queue_length: int = 32, body_seconds: float = _MOST_SECONDS
+    pipe: Any, generate: Generate, *, queue_length: int = 32, body_seconds: float = MOST_SECONDS
 ) -> FastAPI:
     """The service.
 
@@ -220,7 +222,7 @@ def ready(artifact: Path | None, *, compiled: bool = True) -> Any:
 def main(host: str, port: int, artifact: Path | None, compiled: bool) -> None:
     """Serve images of the embedded pipeline."""
     pipe = ready(artifact, compiled=compiled)
-    uvicorn.run(application(pipe, generator(pipe)), host=host, port=port)
+    uvicorn.run(application(pipe, generator(pipe)), host=host, port=port, http=headers_within(MOST_SECONDS))
 
 
 if __name__ == "__main__":

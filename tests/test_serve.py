@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -64,6 +65,36 @@ def test_bodies_without_an_end_are_refused(pipe: object) -> None:
             assert "expected at most 65536" in answer.json()["detail"]
         assert httpx.get(f"{address}/health").json()["accepted"] == 0
         assert httpx.post(url, json=a_request(3), timeout=60).status_code == 200
+
+
+def test_connections_whose_headers_do_not_arrive_are_closed(pipe: object) -> None:
+    with serving(pipe, generator(pipe), header_seconds=0.5) as address:
+        place, request = httpx.URL(address), b"GET /health HTTP/1.1\r\nhost: here\r\n\r\n"
+        for whole in (b"", request):  # the first request's headers, and those of a later one
+            with socket.create_connection((place.host, place.port or 0), timeout=10) as client:
+                client.sendall(whole)
+                if whole:
+                    assert client.recv(4096).startswith(b"HTTP/1.1 200")
+                client.sendall(request[:20])
+                started, rest = time.monotonic(), b""
+                while part := client.recv(4096):
+                    rest += part
+                assert 0.3 < time.monotonic() - started < 5
+                assert rest.count(b"HTTP/1.1 ") <= 1  # nothing for what is not whole
+        time.sleep(0.6)
+        assert httpx.post(f"{address}/images", json=a_request(3), timeout=60).status_code == 200
+
+
+def test_slow_generations_are_not_cut_off_by_the_limit_of_headers(pipe: object) -> None:
+    generate = generator(pipe)
+
+    def slowly(asked: ImageRequest) -> Image:
+        time.sleep(0.5)
+        return generate(asked)
+
+    with serving(pipe, slowly, header_seconds=0.2) as address, httpx.Client(timeout=60) as client:
+        for _ in range(2):
+            assert client.post(f"{address}/images", json=a_request(3)).status_code == 200
 
 
 def test_a_full_queue_is_said_so(pipe: object) -> None:

@@ -1,4 +1,4 @@
-"""Bodies of requests within limits of size and time, before anything of them is parsed."""
+"""Requests within limits: headers of time, bodies of size and time, before anything of a body is parsed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,43 @@ import asyncio
 from typing import Any
 
 from fastapi.responses import JSONResponse
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+
+def headers_within(seconds: float) -> type[H11Protocol]:
+    """Return uvicorn's protocol, which itself has no such limit, but closing connections whose headers take longer.
+
+    The first request's headers are waited for from the connection on, those of later ones from their first byte on.
+    """
+
+    class HeadersInTime(H11Protocol):
+        _late: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self._wait()
+
+        def data_received(self, data: bytes) -> None:
+            before = self.cycle
+            super().data_received(data)
+            if self.cycle is not before:  # a request has begun: its headers are there
+                self._stop_waiting()
+            elif self._late is None and before.response_complete:
+                self._wait()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._stop_waiting()
+            super().connection_lost(exc)
+
+        def _wait(self) -> None:
+            self._late = self.loop.call_later(seconds, self.transport.close)
+
+        def _stop_waiting(self) -> None:
+            if self._late is not None:
+                self._late.cancel()
+                self._late = None
+
+    return HeadersInTime
 
 
 class BodyLimit:
