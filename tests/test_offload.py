@@ -16,6 +16,7 @@ from tests import oracle, tiny
 from tests.conftest import CountingBackend
 from tests.test_compile import relative_error
 from tests.test_refusals import says
+from tests.test_regional import blocks_share_graphs
 
 GATE = 2
 CPU = torch.device("cpu")
@@ -77,6 +78,7 @@ def test_gated_eagerly(how: str, before: bool) -> None:
     assert tgate_fx.report(pipe).gate == GATE
 
 
+@blocks_share_graphs
 def test_blocks_are_compiled_beneath_group_offloading(backend: CountingBackend) -> None:
     expected = tiny.latents(tgate_fx.gate(tiny.make(FAMILY), GATE), **KWARGS)
     pipe = tgate_fx.compile(tiny.make(FAMILY), GATE, regional=True, backend=backend)
