@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import tgate_fx
-from tests import oracle, zoo
+from tests import oracle, tiny, zoo
 from tests.conftest import CountingBackend
 from tests.test_compile import relative_error
 
@@ -90,6 +90,35 @@ def by_hooks(pipe: Any, entry: zoo.Entry, gate: int, **rule: Any) -> tuple[torch
         **rule,
     )
     return expected, networks
+
+
+CUT_SHORT = [
+    ("StableDiffusionXLControlNetPipeline", {"denoising_end": 0.5}),
+    ("StableDiffusionXLControlNetInpaintPipeline", {"denoising_end": 0.5}),
+    ("StableDiffusionXLControlNetUnionPipeline", {"denoising_end": 0.5}),
+    ("StableDiffusionXLControlNetUnionInpaintPipeline", {"denoising_end": 0.5}),
+    ("StableDiffusionXLAdapterPipeline", {"denoising_end": 0.5}),
+    ("StableDiffusionInpaintPipelineLegacy", {"strength": 0.5}),
+    ("VideoToVideoSDPipeline", {"strength": 0.5}),
+]
+
+
+@pytest.mark.parametrize(("name", "cut"), CUT_SHORT, ids=[name for name, _ in CUT_SHORT])
+def test_a_share_is_of_the_steps_that_are_run(name: str, cut: dict[str, float]) -> None:
+    """Also in pipelines that do not record them, or record those before they are cut; and the last one is computed."""
+    found = [entry for entry in ENTRIES if entry.pipeline == name]
+    if not found:
+        pytest.skip(f"this diffusers has no {name}")
+    pipe = found[0].make()
+    for scheduler in ("DDIM", "EulerDiscrete"):
+        pipe.scheduler = tiny.scheduler(scheduler)
+        tgate_fx.gate(pipe, 0.5, forecast=5)
+        found[0].run(pipe, num_inference_steps=16, **cut)
+        report = tgate_fx.report(pipe)
+        assert len(report.steps) in (7, 8)  # by the spacing of the timesteps
+        assert report.gate == 4
+        assert report.steps[-1].phase == "post-gate"
+        tgate_fx.restore(pipe)
 
 
 def outputs_of(pipe: Any, entry: zoo.Entry) -> tuple[torch.Tensor, list[torch.Tensor]]:

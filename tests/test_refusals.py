@@ -511,3 +511,24 @@ def test_text_that_enters_with_the_time(name: str) -> None:
 
 def _feature_extractor(cls: Any) -> dict[str, None]:
     return dict.fromkeys({"feature_extractor"} & set(inspect.signature(cls).parameters))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"gatestep": 2}, says("Unknown keyword gatestep", "Did you mean gate_step?")),
+        ({"forcast": 2}, says("Unknown keyword forcast", "Did you mean forecast?")),
+        ({"full_step": (3,)}, says("Unknown keyword full_step", "Did you mean full_steps?")),
+        ({"deepcache": None}, says("deepcache was given to a call", "Give it to tgate_fx.gate or compile")),
+        ({"gate_companions": False}, says("gate_companions was given to a call", "tgate_fx.gate")),
+    ],
+    ids=lambda each: next(iter(each)) if isinstance(each, dict) else "",
+)
+def test_keywords_that_a_pipelines_call_would_ignore(given: dict[str, Any], message: str) -> None:
+    """Stable Diffusion's takes any, for its deprecated ones."""
+    pipe = tgate_fx.gate(tiny.make("sd-small"), 2)
+    kwargs = {**tiny.inputs("sd-small"), "num_inference_steps": 4}
+    expected = tiny.latents(pipe, **kwargs)
+    with pytest.raises(tgate_fx.ArgumentError, match=message):
+        tiny.latents(pipe, **kwargs, **given)
+    assert torch.equal(tiny.latents(pipe, **kwargs), expected)

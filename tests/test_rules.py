@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from tests.test_compile import relative_error
 from tests.test_families import ENTRIES, calls_of, outputs_of
 from tests.test_families import by_hooks as by_hooks_of_entry
 from tests.test_refusals import says
-from tests.zoo import adapters, controlnet, wan
+from tests.zoo import adapters, controlnet, wan, wan_video
 from tgate_fx.forecast import Forecast
 
 GATE = 3
@@ -328,6 +329,43 @@ def test_guidance_cannot_go_on_from_where_all_is_noise() -> None:
         entry.run(pipe)
     tgate_fx.restore(pipe)
     entry.run(tgate_fx.gate(pipe, 2, after_gate="guided"))
+
+
+def test_guidance_cannot_go_on_from_where_nearly_all_is_noise() -> None:
+    """Zero terminal SNR, by timestep and by position, and the first of Wan's own levels."""
+    for name in ("DDIM", "EulerDiscrete"):
+        pipe = with_velocity(name)
+        zero = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **zero)
+        tgate_fx.gate(pipe, 2, after_gate="guided", cache_weight=1.0)
+        expected = generate(pipe)
+        for early in (1, tgate_fx.AutoGate(-1)):
+            with pytest.raises(tgate_fx.UnsupportedError, match=says("nothing but noise", r"AutoGate(earliest=2)")):
+                generate(pipe, gate_step=early)
+        assert torch.equal(generate(pipe, gate_step=tgate_fx.AutoGate(-1, earliest=2)), expected)
+    entry = next(entry for entry in wan.ENTRIES if entry.pipeline == "WanPipeline")
+    pipe = entry.make()
+    pipe.scheduler = diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+    tgate_fx.gate(pipe, 1, after_gate="guided")
+    with pytest.raises(tgate_fx.UnsupportedError, match="nothing but noise"):
+        entry.run(pipe)
+
+
+def test_guidance_goes_on_in_a_loop_from_the_middle_of_the_schedule() -> None:
+    """Where the scheduler itself finds out at its first step which one that is."""
+    entry = next(entry for entry in wan_video.ENTRIES if entry.pipeline == "WanVideoToVideoPipeline")
+    pipe = entry.make()
+    pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    kwargs = {"strength": 0.5, "num_inference_steps": 2 * STEPS}
+    given = entry.inputs
+    entry = dataclasses.replace(entry, inputs=lambda: {**given(), **kwargs})
+    entry.run(pipe)
+    levels = [1 - sigma for sigma in pipe.scheduler.sigmas.tolist()][-STEPS - 1 :]
+    expected, _ = by_hooks_of_entry(pipe, entry, 1, weight=1.0, steps=STEPS, level=levels.__getitem__)
+    tgate_fx.gate(pipe, 1, after_gate="guided", cache_weight=1.0)
+    assert relative_error(entry.run(pipe), expected) < 1e-5
 
 
 def test_faces_need_guidance_at_every_step() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import inspect
 import threading
@@ -14,8 +15,9 @@ import torch
 
 from .companion_run import CompanionRun
 from .companions import only_conditional
-from .errors import StateError, UnsupportedError
+from .errors import ArgumentError, StateError, UnsupportedError
 from .guidance import check_known_guidance, check_settings, guidance_is_on
+from .keywords import check_known
 from .network import Network
 from .phases import Phases
 from .run import GatedNetwork, Run
@@ -36,6 +38,7 @@ _FOR_ONE_CALL = (
     "guidance",
     "full_steps",
 )
+_NOT_FOR_ONE_CALL = ("deepcache", "gate_companions")
 
 
 class _AsGated:
@@ -126,6 +129,7 @@ class Gated:
     def generate(self, pipe: Any, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the pipeline's own ``__call__`` as one generation."""
         given = {name: kwargs.pop(name) for name in _FOR_ONE_CALL if name in kwargs}
+        self._check_unknown(kwargs)
         overrides = {name: value for name, value in given.items() if value is not _AS_GATED}
         schedule = self.settled(dataclasses.replace(self.schedule, **overrides))
         self.check(pipe, schedule)
@@ -139,12 +143,25 @@ class Gated:
             pipe,
             schedule,
             guided=functools.partial(guidance_is_on, pipe, bound("guidance_scale")),
-            count=functools.partial(step_count, pipe),
+            count=functools.partial(step_count, pipe, end=bound("denoising_end")),
             calls_back=bound("callback_on_step_end") is not None or bound("callback") is not None,
             only_conditional=control_is_conditional,
         )
         with self.generation(pipe, steps):
             return call(pipe, *args, **kwargs)
+
+    def _check_unknown(self, kwargs: Mapping[str, Any]) -> None:
+        """Raise `ArgumentError` for what was meant for the gate, and would be ignored by a call that takes anything."""
+        for name in kwargs:
+            if name in self.parameters:
+                continue
+            if name in _NOT_FOR_ONE_CALL:
+                raise ArgumentError(
+                    f"{name} was given to a call: expected one of {', '.join(_FOR_ONE_CALL)}. Give it to tgate_fx.gate "
+                    "or compile."
+                )
+            if difflib.get_close_matches(name, _FOR_ONE_CALL, n=1, cutoff=0.8):
+                check_known((name,), _FOR_ONE_CALL)
 
     def settled(self, schedule: Schedule) -> Schedule:
         """Return a schedule as it is for the pipeline's denoiser, and off if the gate is."""

@@ -47,7 +47,7 @@ def generation(pipe: Any, steps: int, *, guided: bool) -> Iterator[None]:
         pipe,
         schedule,
         guided=lambda: guided,
-        count=lambda: steps,
+        count=lambda timestep: steps,
         calls_back=True,  # what runs between the steps is not known
         only_conditional=False,
     )

@@ -18,9 +18,12 @@ import torch
 from .errors import UnsupportedError
 from .inputs import map_both, map_tensors
 
-# What a difference of predictions is multiplied by for one of noises, at the step that the denoiser is called for: from
-# its timestep, and whether steps have ended before it.
-Level = Callable[[Any, bool], "float | torch.Tensor"]
+# What a difference of predictions is multiplied by for one of noises, so many evaluations before the step that the
+# denoiser is called for: from the timestep there, and this number.
+Level = Callable[[Any, int], "float | torch.Tensor"]
+
+# Where less than this of the noise is in what the model predicts, it rather says what the picture is.
+_LEAST = 1e-3
 
 # These scale what goes into the model and what comes out, so that it predicts something else than they say.
 _PRECONDITIONED = ("EDM", "CosineDPM")
@@ -38,31 +41,43 @@ class HeldDifference:
 
     def __init__(self, scheduler: Any) -> None:
         self._level = _level(scheduler)
+        alphas = getattr(scheduler, "alphas_cumprod", None)
+        self._begins_with_noise = alphas is not None and float(alphas[-1]) < _LEAST**2  # zero terminal SNR
         self._difference: Any = None
-        self._captured_at: float | torch.Tensor = 1.0
+        self._since: tuple[Any, int] = (None, 0)
+        self._captured_at: float | torch.Tensor | None = None  # the level there, once it is asked for
 
-    def capture(self, conditional: Any, unconditional: Any, timestep: Any) -> None:
-        """Hold the difference of both branches' outputs at the step with this timestep."""
+    def capture(self, conditional: Any, unconditional: Any, timestep: Any, index: int) -> None:
+        """Hold the difference of both branches' outputs at the step with this timestep and index."""
         self._difference = map_both(torch.sub, conditional, unconditional)
-        self._captured_at = self._level(timestep, False)
-        if isinstance(self._captured_at, float) and self._captured_at == 0:
-            raise UnsupportedError(
-                "after_gate='guided' was given with a gate right after a step at which there is nothing but noise, so "
-                "that what the model predicts says nothing of it: expected a later gate. Give gate_step=2 or more."
-            )
+        self._since, self._captured_at = (timestep, index), None
 
-    def at(self, timestep: Any) -> Any:
-        """Return the difference for the step with this timestep; None if there was no guidance before.
+    def at(self, timestep: Any, index: int) -> Any:
+        """Return the difference for the step with this timestep and index; None if there was no guidance before.
 
         Raises:
-            UnsupportedError: the scheduler does not count the pipeline's steps.
+            UnsupportedError: the scheduler does not count the pipeline's steps, or there was nothing but noise where
+                the difference is from.
         """
         if self._difference is None:
             return None
-        factor = self._captured_at / self._level(timestep, True)
+        if self._captured_at is None:
+            since, captured = self._since
+            self._captured_at = self._level(since, index - captured)
+            self._check(self._captured_at)
+        factor = self._captured_at / self._level(timestep, 0)
         if isinstance(factor, float) and factor == 1.0:
             return self._difference
         return map_tensors(lambda tensor: tensor * factor, self._difference)
+
+    def _check(self, level: float | torch.Tensor) -> None:
+        # A tensor may be on the device, and is waited for only where it may be so small.
+        if (isinstance(level, float) or self._begins_with_noise) and level < _LEAST:
+            raise UnsupportedError(
+                "after_gate='guided' was given with a gate right after a step at which there is nothing but noise, so "
+                "that what the model predicts says nothing of it: expected a later gate. Give gate_step=2 or more, or "
+                "tgate_fx.AutoGate(earliest=2)."
+            )
 
 
 def _level(scheduler: Any) -> Level:
@@ -75,7 +90,7 @@ def _level(scheduler: Any) -> Level:
     between = getattr(scheduler, "order", 1) != 1 and not name.startswith("Heun")  # evaluates at levels of its own
     if not name.startswith(_PRECONDITIONED):
         if predicts == "epsilon":
-            return lambda timestep, begun: 1.0
+            return lambda timestep, back: 1.0
         if between:
             predicts = f"{predicts} between its levels of noise"
         elif sigmas is not None and hasattr(scheduler, "step_index"):
@@ -96,15 +111,15 @@ def _level(scheduler: Any) -> Level:
 def _by_position(scheduler: Any, levels: list[float]) -> Level:
     """By the scheduler's own count of steps, a plain int that is None before its first one."""
 
-    def level(timestep: Any, begun: bool) -> float:
-        index = scheduler.step_index
-        if index is None and begun:
+    def level(timestep: Any, back: int) -> float:
+        index: int | None = scheduler.step_index
+        if index is None:
             raise UnsupportedError(
                 f"after_gate='guided' was given for a pipeline that does not step its {type(scheduler).__name__} but "
                 "copies of it: expected one that counts the steps, of which the noise is known. Give "
                 "after_gate='positive' with cache_weight=1.0."
             )
-        return levels[(getattr(scheduler, "begin_index", None) or 0) if index is None else index]
+        return levels[index - back]
 
     return level
 
@@ -113,7 +128,7 @@ def _by_timestep(levels: torch.Tensor) -> Level:
     """By the denoiser's timestep, looked up where that is, so that nothing waits for the device."""
     on_device = functools.cache(levels.to)
 
-    def level(timestep: Any, begun: bool) -> torch.Tensor:
+    def level(timestep: Any, back: int) -> torch.Tensor:
         if not isinstance(timestep, torch.Tensor):
             return levels[int(timestep)]
         return on_device(timestep.device).index_select(0, timestep.reshape(-1)[:1].long())[0]

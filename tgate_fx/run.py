@@ -104,7 +104,7 @@ class Run:
         if guided and self._held is None and self.schedule.after_gate == "guided" and self.steps.will_gate:
             self._held = HeldDifference(self.steps.scheduler)
         sliced = step.one_branch and guided
-        difference = self._held.at(inputs.get("timestep")) if self._held and sliced else None
+        difference = self._held.at(inputs.get("timestep"), index) if self._held and sliced else None
         self.branch_sliced = sliced and difference is None
         started = self.steps.clock.start(latents.device)
         graphs, rows = self.phases.graphs, 0
@@ -160,7 +160,7 @@ class Run:
         if self._guidance.has_other_branch(True):
             conditional, unconditional = self._guidance.pair(output, self._first_output)
             if self._held is not None and holds:
-                self._held.capture(conditional, unconditional, timestep)
+                self._held.capture(conditional, unconditional, timestep, self.steps.index)
             if step.is_base:
                 own = unconditional if self.schedule.branch == "negative" else conditional
                 self._forecast.add(self.steps.index, own)
@@ -288,5 +288,5 @@ class Run:
                     kept = self._cache.keep(kind, captured[kind], slot)
                 self._cached[slot][kind] = kept
                 self._cached_for[slot][kind] = (rows, *shape)
-                if last and not guided:  # what an earlier step kept of one of two branches is stale
+                if last and (sliced or not guided):  # what an earlier step kept of one of two branches is stale
                     self._cached[_OWN][kind] = ()

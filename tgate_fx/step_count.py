@@ -6,25 +6,61 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from . import private
 
 # Pipelines that record the steps of all their loops together.
 _RECORD_ALL_LOOPS = frozenset(("LTX2DFRTemporalRefinePipeline",))
 
+# Pipelines that record their steps, if they do, before ``denoising_end`` cuts them.
+_XL = "StableDiffusionXL"
+_CUT_LATER = frozenset(
+    f"{_XL}{name}Pipeline"
+    for name in ("ControlNet", "ControlNetInpaint", "ControlNetUnion", "ControlNetUnionInpaint", "Adapter")
+)
 
-def step_count(pipe: Any) -> int | None:
+
+def step_count(pipe: Any, timestep: Any = None, *, end: Any = None) -> int | None:
     """Return how many times the denoising loop that has just begun will call the denoiser, or None if unknown.
 
     Pipelines that cut their timesteps short (image-to-image, ``denoising_end``) record the number that is left; the
-    others run all of their scheduler's timesteps from its begin index on.
+    others run all of their scheduler's timesteps from its begin index on, or from the loop's first one on.
+
+    Args:
+        pipe: the pipeline, in the middle of its call.
+        timestep: of the first call of the denoiser.
+        end: the call's ``denoising_end``.
     """
+    names = {base.__name__ for base in type(pipe).__mro__}
+    timesteps = getattr(getattr(pipe, "scheduler", None), "timesteps", None)
     recorded = vars(pipe).get(private.STEP_COUNT, getattr(pipe, "num_timesteps", None))
-    if recorded is not None and not {base.__name__ for base in type(pipe).__mro__} & _RECORD_ALL_LOOPS:
-        return int(recorded)
-    timesteps = getattr(pipe.scheduler, "timesteps", None)
-    if timesteps is None:
+    if recorded is not None and not names & _RECORD_ALL_LOOPS:
+        count = int(recorded)
+    elif timesteps is None:
         return None
-    return len(timesteps) - (getattr(pipe.scheduler, "begin_index", None) or 0)
+    else:
+        begin: int | None = getattr(pipe.scheduler, "begin_index", None)
+        if begin is None:
+            values, first = _values(timesteps), noisiest(timestep)
+            begin = values.index(first) if first in values else 0  # what models are given may be scaled
+        count = len(timesteps) - begin
+    if names & _CUT_LATER and isinstance(end, float) and 0 < end < 1:
+        trained: int = pipe.scheduler.config.num_train_timesteps
+        last = round(trained - end * trained)  # as these pipelines compute it
+        return sum(each >= last for each in _values(timesteps)[-count:])
+    return count
+
+
+def noisiest(timestep: Any) -> float:
+    """Return the timestep of what is noisiest: conditioning within the latents may have timesteps of its own."""
+    if timestep is None:
+        return float("nan")
+    return float(timestep.max() if isinstance(timestep, torch.Tensor) else timestep)
+
+
+def _values(timesteps: Any) -> list[float]:
+    return [float(each) for each in getattr(timesteps, "tolist", lambda: timesteps)()]
 
 
 @contextmanager

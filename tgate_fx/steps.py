@@ -6,12 +6,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from .auto_gate import AutoGate, Watch
 from .errors import UnsupportedError
 from .report import StepClock
 from .schedule import Schedule
+from .step_count import noisiest
 
 
 class Steps:
@@ -21,7 +20,7 @@ class Steps:
         pipe: the pipeline, in the middle of its own ``__call__`` or of a loop of the user's.
         schedule: which phase each step is in.
         guided: tells whether there is guidance now.
-        count: tells how many steps the loop that has just begun will have, None if it is not known.
+        count: tells how many steps the loop that has just begun with this timestep will have, None if it is not known.
         calls_back: whether a callback of the user's runs between steps.
         only_conditional: whether companions are given the conditional branch alone.
 
@@ -41,7 +40,7 @@ class Steps:
         schedule: Schedule,
         *,
         guided: Callable[[], bool],
-        count: Callable[[], int | None],
+        count: Callable[[Any], int | None],
         calls_back: bool,
         only_conditional: bool,
     ) -> None:
@@ -108,7 +107,7 @@ class Steps:
         if self.begun == 0 or self._scheduled() is not self._timesteps:
             self._begin_loop(timestep)
         elif self._expected is not None and self.begun - self._loop_from >= self._expected:
-            if _latest(timestep) == _latest(self._first_timestep):
+            if noisiest(timestep) == noisiest(self._first_timestep):
                 self._begin_loop(timestep)
             elif self.schedule.acts:
                 raise UnsupportedError(
@@ -130,7 +129,7 @@ class Steps:
     def _begin_loop(self, timestep: Any) -> None:
         self._first_timestep = timestep
         self._timesteps = self._scheduled()
-        self._expected = self._count()
+        self._expected = self._count(timestep)
         self._loop_from = self.begun
         self.schedule = self._given.resolve(self._expected)
         gate = self.schedule.gate_step
@@ -147,10 +146,3 @@ class Steps:
             f"{type(self._pipe).__name__} calls its denoiser several times a step: expected one call with the batch "
             "[uncond, cond], or one for each branch. Use it with gate_step=None."
         )
-
-
-def _latest(timestep: Any) -> float:
-    """Return the timestep of what is noisiest: conditioning within the latents may have timesteps of its own."""
-    if timestep is None:
-        return float("nan")
-    return float(timestep.max() if isinstance(timestep, torch.Tensor) else timestep)
