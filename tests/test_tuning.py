@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -148,11 +149,13 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert run(monkeypatch, "tune", *options) == 0
     written = json.loads(out.read_text())
     assert written["recommended"]
-    assert len(written["trials"]) == 1 + len(measure._default_settings())
+    assert len(written["trials"]) == 1 + len(measure._RULES) + 1  # the ungated one, and the early gate
     assert any("full_steps" in trial["setting"] for trial in written["trials"])
     assert not any(trial["refused"] for trial in written["trials"])
     assert picture.stat().st_size > 1000
-    assert "for 1 dB and SSIM 0: " in capsys.readouterr().out
+    fastest = max(written["trials"], key=lambda trial: trial["speed_up"])["setting"]
+    assert written["recommended"] == fastest
+    assert re.search(r"for 1 dB and SSIM 0: .*gate_step=0\.[25]", capsys.readouterr().out)
 
 
 def test_what_is_refused() -> None:
