@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import inspect
 import threading
@@ -17,7 +16,7 @@ from .companion_run import CompanionRun
 from .companions import only_conditional
 from .errors import ArgumentError, StateError, UnsupportedError
 from .guidance import check_known_guidance, check_settings, guidance_is_on
-from .keywords import check_known
+from .keywords import check_not_misspelt
 from .network import Network
 from .phases import Phases
 from .run import GatedNetwork, Run
@@ -152,16 +151,14 @@ class Gated:
 
     def _check_unknown(self, kwargs: Mapping[str, Any]) -> None:
         """Raise `ArgumentError` for what was meant for the gate, and would be ignored by a call that takes anything."""
-        for name in kwargs:
-            if name in self.parameters:
-                continue
+        ignored = [name for name in kwargs if name not in self.parameters]
+        for name in ignored:
             if name in _NOT_FOR_ONE_CALL:
                 raise ArgumentError(
                     f"{name} was given to a call: expected one of {', '.join(_FOR_ONE_CALL)}. Give it to tgate_fx.gate "
                     "or compile."
                 )
-            if difflib.get_close_matches(name, _FOR_ONE_CALL, n=1, cutoff=0.8):
-                check_known((name,), _FOR_ONE_CALL)
+        check_not_misspelt(ignored, _FOR_ONE_CALL)
 
     def settled(self, schedule: Schedule) -> Schedule:
         """Return a schedule as it is for the pipeline's denoiser, and off if the gate is."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .errors import UnsupportedError
-from .inputs import map_both, map_tensors
+from .inputs import floats_of, map_both, map_tensors
 
 # What a difference of predictions is multiplied by for one of noises, so many evaluations before the step that the
 # denoiser is called for: from the timestep there, and this number.
@@ -41,8 +41,6 @@ class HeldDifference:
 
     def __init__(self, scheduler: Any) -> None:
         self._level = _level(scheduler)
-        alphas = getattr(scheduler, "alphas_cumprod", None)
-        self._begins_with_noise = alphas is not None and float(alphas[-1]) < _LEAST**2  # zero terminal SNR
         self._difference: Any = None
         self._since: tuple[Any, int] = (None, 0)
         self._captured_at: float | torch.Tensor | None = None  # the level there, once it is asked for
@@ -64,20 +62,10 @@ class HeldDifference:
         if self._captured_at is None:
             since, captured = self._since
             self._captured_at = self._level(since, index - captured)
-            self._check(self._captured_at)
         factor = self._captured_at / self._level(timestep, 0)
         if isinstance(factor, float) and factor == 1.0:
             return self._difference
         return map_tensors(lambda tensor: tensor * factor, self._difference)
-
-    def _check(self, level: float | torch.Tensor) -> None:
-        # A tensor may be on the device, and is waited for only where it may be so small.
-        if (isinstance(level, float) or self._begins_with_noise) and level < _LEAST:
-            raise UnsupportedError(
-                "after_gate='guided' was given with a gate right after a step at which there is nothing but noise, so "
-                "that what the model predicts says nothing of it: expected a later gate. Give gate_step=2 or more, or "
-                "tgate_fx.AutoGate(earliest=2)."
-            )
 
 
 def _level(scheduler: Any) -> Level:
@@ -94,7 +82,7 @@ def _level(scheduler: Any) -> Level:
         if between:
             predicts = f"{predicts} between its levels of noise"
         elif sigmas is not None and hasattr(scheduler, "step_index"):
-            values = [float(sigma) for sigma in getattr(sigmas, "tolist", lambda: sigmas)()]
+            values = floats_of(sigmas)
             if predicts == "v_prediction":
                 return _by_position(scheduler, [1 / math.hypot(1, sigma) for sigma in values])
             if predicts == "flow_prediction" and max(values) <= 1:
@@ -119,6 +107,8 @@ def _by_position(scheduler: Any, levels: list[float]) -> Level:
                 "copies of it: expected one that counts the steps, of which the noise is known. Give "
                 "after_gate='positive' with cache_weight=1.0."
             )
+        if back:
+            _check_informative(levels[index - back])
         return levels[index - back]
 
     return level
@@ -127,10 +117,25 @@ def _by_position(scheduler: Any, levels: list[float]) -> Level:
 def _by_timestep(levels: torch.Tensor) -> Level:
     """By the denoiser's timestep, looked up where that is, so that nothing waits for the device."""
     on_device = functools.cache(levels.to)
+    begins_with_noise = bool(levels.min() < _LEAST)  # zero terminal SNR: only there the check waits for the device
 
     def level(timestep: Any, back: int) -> torch.Tensor:
         if not isinstance(timestep, torch.Tensor):
-            return levels[int(timestep)]
-        return on_device(timestep.device).index_select(0, timestep.reshape(-1)[:1].long())[0]
+            found = levels[int(timestep)]
+        else:
+            found = on_device(timestep.device).index_select(0, timestep.reshape(-1)[:1].long())[0]
+        if back and begins_with_noise:
+            _check_informative(found)
+        return found
 
     return level
+
+
+def _check_informative(level: float | torch.Tensor) -> None:
+    """Raise `UnsupportedError` if a difference from a step of this level says nothing of the noise."""
+    if level < _LEAST:
+        raise UnsupportedError(
+            "after_gate='guided' was given with a gate right after a step at which there is nothing but noise, so "
+            "that what the model predicts says nothing of it: expected a later gate. Give gate_step=2 or more, or "
+            "tgate_fx.AutoGate(earliest=2)."
+        )

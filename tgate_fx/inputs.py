@@ -31,6 +31,11 @@ def latents_of(inputs: Mapping[str, Any]) -> tuple[str, torch.Tensor]:
     )
 
 
+def floats_of(values: Any) -> list[float]:
+    """Return the numbers of a scheduler's tensor, array or list."""
+    return [float(each) for each in getattr(values, "tolist", lambda: values)()]
+
+
 def canonical(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[object, ...]]:
     """Return a network's inputs as graphs are compiled for them, and their signature.
 

@@ -25,6 +25,11 @@ def check_known(given: Iterable[str], known: Sequence[str]) -> None:
         )
 
 
+def check_not_misspelt(given: Iterable[str], known: Sequence[str]) -> None:
+    """Raise `ArgumentError` if a keyword is given that is not known, and was very likely meant to be one that is."""
+    check_known([name for name in given if difflib.get_close_matches(name, known, n=1, cutoff=0.8)], known)
+
+
 def refuse_unknown(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
     """Decorate a function to raise `ArgumentError`, not Python's ``TypeError``, for a keyword that it does not take."""
     parameters = inspect.signature(function).parameters

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from . import private
+from .inputs import floats_of
 
 # Pipelines that record the steps of all their loops together.
 _RECORD_ALL_LOOPS = frozenset(("LTX2DFRTemporalRefinePipeline",))
@@ -42,13 +43,13 @@ def step_count(pipe: Any, timestep: Any = None, *, end: Any = None) -> int | Non
     else:
         begin: int | None = getattr(pipe.scheduler, "begin_index", None)
         if begin is None:
-            values, first = _values(timesteps), noisiest(timestep)
+            values, first = floats_of(timesteps), noisiest(timestep)
             begin = values.index(first) if first in values else 0  # what models are given may be scaled
         count = len(timesteps) - begin
     if names & _CUT_LATER and isinstance(end, float) and 0 < end < 1:
         trained: int = pipe.scheduler.config.num_train_timesteps
         last = round(trained - end * trained)  # as these pipelines compute it
-        return sum(each >= last for each in _values(timesteps)[-count:])
+        return sum(each >= last for each in floats_of(timesteps)[-count:])
     return count
 
 
@@ -57,10 +58,6 @@ def noisiest(timestep: Any) -> float:
     if timestep is None:
         return float("nan")
     return float(timestep.max() if isinstance(timestep, torch.Tensor) else timestep)
-
-
-def _values(timesteps: Any) -> list[float]:
-    return [float(each) for each in getattr(timesteps, "tolist", lambda: timesteps)()]
 
 
 @contextmanager

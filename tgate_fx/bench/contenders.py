@@ -215,8 +215,11 @@ LADDER: dict[str, str | None] = {
 
 def applicable(names: tuple[str, ...], arch: str, device: str) -> tuple[str, ...]:
     """Return those of the contenders that there are for a model on a device."""
-    there = [name for name in names if device in CONTENDERS[name].devices]
-    return tuple(name for name in there if not any(part in name for part in MODELS[arch].without))
+    return tuple(name for name in names if device in CONTENDERS[name].devices and _takes_part(name, arch))
+
+
+def _takes_part(name: str, arch: str) -> bool:
+    return not any(part in name for part in MODELS[arch].without)
 
 
 # Who stands in for upstream as a reference, where upstream has no loader for a model.
@@ -226,7 +229,7 @@ _INSTEAD_OF_UPSTREAM = {"tgate": "gated", "tgate-intervals": "gated-intervals"}
 def reference_of(name: str, arch: str) -> str | None:
     """Return the contender whose latents another's are checked against for a model; None for a reference itself."""
     reference = CONTENDERS[name].reference
-    if reference is None or applicable((reference,), arch, CONTENDERS[name].devices[0]):
+    if reference is None or _takes_part(reference, arch):
         return reference
     instead = _INSTEAD_OF_UPSTREAM[reference]
     return None if instead == name else instead

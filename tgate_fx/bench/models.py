@@ -13,7 +13,7 @@ from torch import nn
 from ..macs.architecture import Architecture
 
 _BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-_SIDES = ("prompt", "negative_prompt")
+SIDES = ("prompt", "negative_prompt")
 
 # Makes a random tensor of a shape, on the device and of the dtype of a run.
 Embedding = Callable[..., torch.Tensor]
@@ -87,7 +87,7 @@ def _pixart(transformer: nn.Module) -> Any:
 
 def _pixart_inputs(embedding: Embedding, architecture: Architecture) -> dict[str, Any]:
     mask = torch.ones_like(embedding(1, architecture.tokens), dtype=torch.float32)
-    masks = {f"{side}_attention_mask": mask for side in _SIDES}
+    masks = {f"{side}_attention_mask": mask for side in SIDES}
     return {**masks, "use_resolution_binning": False, "negative_prompt": None}
 
 

@@ -109,10 +109,13 @@ def _name(row: dict[str, Any]) -> str:
 
 def _title(results: dict[str, Any]) -> str:
     workload, machine = results["workload"], results["machine"]
-    return (
-        f"{workload['model']}, latents {'×'.join(map(str, workload['latents'][1:]))}, {workload['steps']} steps, "
-        f"{workload['dtype']}: {machine.get('gpu') or machine['cpu']}, {machine['threads']} threads"
-    )
+    return f"{what_ran(workload)}: {machine.get('gpu') or machine['cpu']}, {machine['threads']} threads"
+
+
+def what_ran(workload: dict[str, Any]) -> str:
+    """Return what a workload, as results have it, is called in titles."""
+    size = "×".join(map(str, workload["latents"][1:]))
+    return f"{workload['model']}, latents {size}, {workload['steps']} steps, {workload['dtype']}"
 
 
 def _colour(row: dict[str, Any]) -> str:

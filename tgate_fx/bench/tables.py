@@ -9,15 +9,14 @@ from rich.console import Console
 from rich.table import Table
 
 from .contenders import LADDER
+from .plots import what_ran
 
 
 def show(results: dict[str, Any]) -> None:
     """Print a row for each contender and gate, the slowest first, and who failed."""
     workload, console = results["workload"], Console()
     table = _table(
-        f"{workload['model']}, latents {'×'.join(map(str, workload['latents'][1:]))}, "
-        f"{workload['steps']} steps, {workload['dtype']}, "
-        f"{results['machine'].get('gpu', 'CPU')}, batch {workload.get('batch', 1)}",
+        f"{what_ran(workload)}, {results['machine'].get('gpu', 'CPU')}, batch {workload.get('batch', 1)}",
         ("", "gate", "image", "speed-up", "pre", "post", "limit", "compile", "GiB"),
         "seconds of an image, and how much faster than diffusers that is; seconds of a step before and after the gate; "
         "the share reached of what the multiply-adds left out allow; seconds to compile; most memory at once",

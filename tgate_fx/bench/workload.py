@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..macs.architectures import ARCHITECTURES
-from .models import MODELS
+from .models import MODELS, SIDES
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,9 @@ class Workload:
         dtype: of weights and latents, such as "float32".
         device: "cpu" or "cuda", where the weights of UNets are channels last, as diffusers advises.
         batch: images of a call.
+
+    Raises:
+        ArgumentError: a size was given, and the model has its own.
     """
 
     arch: str
@@ -36,6 +39,9 @@ class Workload:
     dtype: str
     device: str = "cpu"
     batch: int = 1
+
+    def __post_init__(self) -> None:
+        ARCHITECTURES[self.arch].latent_shape(self.size)
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -76,8 +82,7 @@ class Workload:
         def embedding(*shape: int) -> torch.Tensor:
             return torch.randn(shape, generator=noise).to(self.device, self.torch_dtype)
 
-        sides = ("prompt", "negative_prompt")
-        text = {f"{side}_embeds": embedding(1, architecture.tokens, architecture.text_width) for side in sides}
+        text = {f"{side}_embeds": embedding(1, architecture.tokens, architecture.text_width) for side in SIDES}
         height, width = (8 * side for side in self.latent_shape[-2:])
         return {**text, **MODELS[self.arch].inputs(embedding, architecture), "height": height, "width": width}
 

@@ -73,7 +73,6 @@ def bench(
     from ..bench.contenders import CONTENDERS, LADDER, applicable, reference_of
     from ..bench.race import Race, race
     from ..bench.results import results
-    from ..macs.architectures import ARCHITECTURES
 
     unknown = [name for name in only if name not in CONTENDERS]
     if unknown or (only and ladder):
@@ -92,7 +91,6 @@ def bench(
     missing = sorted(package for package in needed if importlib.util.find_spec(package) is None)
     if missing:
         raise click.UsageError(f"This needs {', '.join(missing)}: pip install 'tgate_fx[bench]'.")
-    ARCHITECTURES[arch].latent_shape(size)  # refuses a size where there is no choice
     dtype = dtype or ("float16" if device == "cuda" else "float32")
     workload = Workload(arch, size, steps, tuple(dict.fromkeys(gates)), dtype, device, batch)
     measured: dict[str, Any] = {}
