@@ -142,7 +142,8 @@ def test_gated_eagerly(entry: zoo.Entry) -> None:
 
     if entry.form == "whole":
         check_one_branch_is_refused(pipe, entry)
-    tgate_fx.gate(pipe, gate_step=GATE, after_gate=entry.after_gate, **entry.settings)
+    steps = entry.loop or len(plain_outputs) // calls
+    tgate_fx.gate(pipe, gate_step=GATE / steps, after_gate=entry.after_gate, **entry.settings)
     assert [site.name for site in tgate_fx.sites(pipe)] == [name for network in networks for name in network.sites]
     got, outputs = outputs_of(pipe, entry)
     assert torch.isfinite(got).all()
@@ -217,7 +218,7 @@ def rules_for(entry: zoo.Entry) -> list[dict[str, Any]]:
     if entry.form == "whole":
         return [full]
     return [
-        {"cache_weight": 0.8, "forecast": 1 if entry.loop else 2},
+        {"cache_weight": 0.8, "forecast": 2},
         {"cache_weight": 1.0, **full},
         {"cache_weight": 1.0, "after_gate": "guided"},
     ]

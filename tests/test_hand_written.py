@@ -121,6 +121,10 @@ def test_what_it_refuses() -> None:
         pass
     with pytest.raises(tgate_fx.UnsupportedError, match="began step 3 of a loop of 3"), _generation(pipe, 3):
         loop(pipe)
+    tgate_fx.restore(pipe)
+    tgate_fx.gate(pipe, GATE / STEPS)
+    with pytest.raises(tgate_fx.UnsupportedError, match="ended a loop of 9 steps after 5"), _generation(pipe, 9):
+        loop(pipe)
     with pytest.raises(tgate_fx.StateError, match="in the middle of a generation"), _generation(pipe):
         pipe(**KWARGS)
     with pytest.raises(RuntimeError, match="of the loop's own"), _generation(pipe):

@@ -45,13 +45,16 @@ class RepeatedLoop(StableDiffusionPipeline):
 
 
 class Windows(RepeatedLoop):
-    """Sets the timesteps anew for each loop, which leaves the last of them out."""
+    """Sets the timesteps anew for each loop, which leaves the last of them out, and says how many are left or not."""
+
+    says_so = True
 
     @torch.no_grad()
     def __call__(self) -> torch.Tensor:
         latents, texts = torch.ones(1, 4, 8, 8), torch.randn(2, 1, 7, tiny.TEXT_WIDTH)
         for text in texts:
             self.scheduler.set_timesteps(5)
+            self._num_timesteps = 4 if self.says_so else 5
             for t in self.scheduler.timesteps[:-1]:
                 latents = latents - 0.1 * self.unet(latents, t, encoder_hidden_states=text).sample
         return latents
@@ -118,10 +121,27 @@ def test_a_loop_begins_when_timesteps_are_set_anew(gate: float) -> None:
     assert phases == (["pre-gate"] * 2 + ["post-gate"] * 2) * 2
 
 
+def test_a_loop_with_fewer_steps_than_were_said_is_refused_where_it_matters() -> None:
+    pipe = Windows(**tiny.make("sd-small").components, requires_safety_checker=False)
+    pipe.says_so = False
+    torch.manual_seed(0)
+    plain = pipe()
+    tgate_fx.gate(pipe, gate_step=2)
+    pipe()
+    for rule in ({"gate_step": 0.4}, {"full_steps": (0.6,)}, {"forecast": 2}):
+        with pytest.raises(tgate_fx.UnsupportedError, match="Windows ended a loop of 5 steps after 4: expected"):
+            pipe(**rule)
+        assert tgate_fx.report(pipe).steps[-1].index == 3  # before the second loop
+    torch.manual_seed(0)
+    assert torch.equal(pipe(gate_step=None), plain)
+    pipe.says_so = True
+    pipe(gate_step=0.4)
+
+
 @pytest.mark.slow
 def test_steps_that_are_counted_for_all_loops_together() -> None:
     ltx2_refined = pytest.importorskip("tests.zoo.ltx2_refined", exc_type=ImportError)
-    pipe = tgate_fx.gate(ltx2_refined.refine(), gate_step=0.4)
+    pipe = tgate_fx.gate(ltx2_refined.refine(), gate_step=0.4, forecast=5)  # the last step of each is computed
     pipe(**ltx2_refined.refined())
     assert pipe.num_timesteps == 8
     phases = [step.phase for step in tgate_fx.report(pipe).steps]

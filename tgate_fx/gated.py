@@ -187,7 +187,7 @@ class Gated:
         Raises:
             StateError: the pipeline is not as it was when it was gated, is in the middle of another generation, or did
                 not call its denoiser.
-            UnsupportedError: it cannot be gated as it is now.
+            UnsupportedError: it cannot be gated as it is now, or had fewer steps than it said.
         """
         with self.one_at_a_time():
             for each in self.all:
@@ -205,9 +205,11 @@ class Gated:
                     stack.enter_context(run.network.dispatch.running(run.step))
                 stack.enter_context(fresh_step_count(pipe))
                 yield
-            # A generation may rightly end before its first step: interrupted, or with too little strength for one.
-            idle = all(run.device is None for run in self.runs)
-            if idle and not getattr(pipe, "interrupt", False) and step_count(pipe) != 0:
+            if getattr(pipe, "interrupt", False):
+                return
+            steps.check_ran_all()
+            # A generation may rightly end before its first step, with too little strength for one.
+            if all(run.device is None for run in self.runs) and step_count(pipe) != 0:
                 raise StateError(
                     f"The generation ended without a call of pipe.{self.networks[0].network.attribute} through "
                     "tgate_fx, so nothing was gated: expected the forward of the denoiser to be the one that was "

@@ -27,7 +27,8 @@ def generation(pipe: Any, steps: int, *, guided: bool) -> Iterator[None]:
     Raises:
         ArgumentError: ``steps`` is no int ≥ 1.
         StateError: the pipeline is not gated, is in the middle of a generation, or its denoiser was not called.
-        UnsupportedError: the calls are not what was said: more steps, other rows, or no two branches.
+        UnsupportedError: the calls are not what was said: more steps, or fewer where a share or a forecast depends on
+            their number; other rows, or no two branches.
 
     Example:
         >>> with tgate_fx.generation(pipe, 25, guided=True):  # doctest: +SKIP

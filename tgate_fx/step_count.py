@@ -21,6 +21,9 @@ _CUT_LATER = frozenset(
     for name in ("ControlNet", "ControlNetInpaint", "ControlNetUnion", "ControlNetUnionInpaint", "Adapter")
 )
 
+# Pipelines that leave out the scheduler's last timestep.
+_LEAVE_LAST_OUT = frozenset(("LTXI2VLongMultiPromptPipeline",))
+
 
 def step_count(pipe: Any, timestep: Any = None, *, end: Any = None) -> int | None:
     """Return how many times the denoising loop that has just begun will call the denoiser, or None if unknown.
@@ -37,7 +40,7 @@ def step_count(pipe: Any, timestep: Any = None, *, end: Any = None) -> int | Non
     timesteps = getattr(getattr(pipe, "scheduler", None), "timesteps", None)
     recorded = vars(pipe).get(private.STEP_COUNT, getattr(pipe, "num_timesteps", None))
     if recorded is not None and not names & _RECORD_ALL_LOOPS:
-        count = int(recorded)
+        count = int(recorded) - bool(names & _LEAVE_LAST_OUT)
     elif timesteps is None:
         return None
     else:
@@ -45,12 +48,18 @@ def step_count(pipe: Any, timestep: Any = None, *, end: Any = None) -> int | Non
         if begin is None:
             values, first = floats_of(timesteps), noisiest(timestep)
             begin = values.index(first) if first in values else 0  # what models are given may be scaled
-        count = len(timesteps) - begin
+        count = len(timesteps) - begin - _ends_without_noise(pipe.scheduler)
     if names & _CUT_LATER and isinstance(end, float) and 0 < end < 1:
         trained: int = pipe.scheduler.config.num_train_timesteps
         last = round(trained - end * trained)  # as these pipelines compute it
         return sum(each >= last for each in floats_of(timesteps)[-count:])
     return count
+
+
+def _ends_without_noise(scheduler: Any) -> bool:
+    """Return whether the last timestep is where no noise is left, with no step from there."""
+    sigmas = getattr(scheduler, "sigmas", None)
+    return sigmas is not None and len(sigmas) == len(scheduler.timesteps) and float(sigmas[-1]) == 0.0
 
 
 def noisiest(timestep: Any) -> float:

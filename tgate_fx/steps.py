@@ -126,7 +126,21 @@ class Steps:
             self.begin(timestep)
             self._announced = True
 
+    def check_ran_all(self) -> None:
+        """See, once a loop has ended, that it had as many steps as the pipeline said, if any depends on their number.
+
+        Raises:
+            UnsupportedError: it had fewer, so that the gate, a full step or the last one was not where it was to be.
+        """
+        ran, last = self.begun - self._loop_from, self.schedule.last
+        if last is not None and ran <= last:
+            raise UnsupportedError(
+                f"{type(self._pipe).__name__} ended a loop of {last + 1} steps after {ran}: expected as many as it "
+                "said, which a share of them and a forecast depend on. Give steps as ints, and leave forecast out."
+            )
+
     def _begin_loop(self, timestep: Any) -> None:
+        self.check_ran_all()
         self._first_timestep = timestep
         self._timesteps = self._scheduled()
         self._expected = self._count(timestep)
