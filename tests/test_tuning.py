@@ -85,6 +85,16 @@ def test_the_likeness_is_to_the_ungated_image_of_the_same_noise() -> None:
     assert tuning.trials[1].psnr == pytest.approx(10 * np.log10(1 / error), abs=1e-3)
 
 
+def test_a_setting_goes_before_the_call() -> None:
+    """So that fewer steps can be tried too."""
+    pipe = tgate_fx.gate(tiny.make("sd-small"), 3)
+    fewer = {"gate_step": None, "num_inference_steps": 2}
+    tuning = tgate_fx.tune(pipe, PROMPTS[:1], settings=[fewer], height=24, width=24, num_inference_steps=5)
+    assert len(tgate_fx.report(pipe).steps) == 2
+    assert tuning.trials[1].setting == fewer
+    assert tuning.trials[1].psnr < 90
+
+
 def test_the_fastest_above_the_floor_is_recommended() -> None:
     def trial(name: int, speed_up: float, psnr: float, ssim: float = 0.99, refused: str | None = None) -> Trial:
         return Trial({"gate_step": name}, 1 / speed_up, speed_up, psnr, ssim, refused=refused)
@@ -166,5 +176,16 @@ def test_what_is_refused() -> None:
     for prompts in ([], "a cat"):
         with pytest.raises(tgate_fx.ArgumentError, match=says("expected a list of at least one")):
             tgate_fx.tune(pipe, prompts)
+    for setting in ({}, [], "gate_step", None):
+        with pytest.raises(tgate_fx.ArgumentError, match=says(f"{setting!r} is no setting", "keywords of")):
+            tgate_fx.tune(pipe, PROMPTS, settings=[setting])  # type: ignore[list-item]
+    for ours in ({"generator": None}, {"output_type": "pt"}):
+        name = next(iter(ours))
+        with pytest.raises(tgate_fx.ArgumentError, match=says(f"{name} was given in the setting", "Leave it out")):
+            tgate_fx.tune(pipe, PROMPTS, settings=[{"gate_step": 3, **ours}])
+        with pytest.raises(tgate_fx.ArgumentError, match=says(f"{name} was given in the call", "Leave it out")):
+            tgate_fx.tune(pipe, PROMPTS, **ours)
+    with tgate_fx.disabled(pipe), pytest.raises(tgate_fx.StateError, match=says("within tgate_fx.disabled", "is on")):
+        tgate_fx.tune(pipe, PROMPTS)
     with pytest.raises(tgate_fx.UnsupportedError, match=says("expected images or videos of 11×11")):
         tgate_fx.tune(pipe, PROMPTS, height=8, width=8, num_inference_steps=3)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..errors import ArgumentError, UnsupportedError
+from ..errors import ArgumentError, StateError, UnsupportedError
 from ..gated import gated_of
 from ..pipeline import disabled, report
 from .kept import Kept, described, described_pipeline
@@ -30,6 +30,7 @@ _RULES: tuple[dict[str, Any], ...] = (
 )
 # An early gate, and every second step in full until the half of them.
 _EARLY = {**_RULES[-1], "gate_step": _GATES[0], "forecast": 4, "full_steps": (0.28, 0.36, 0.44, 0.52)}
+_OURS = ("prompt", "generator", "output_type", "return_dict")  # keywords of the pipeline's call
 _TRIES = 4  # at an image in which nothing is compiled
 _SMALLEST = 11  # pixels, which the structural similarity takes at once
 
@@ -117,9 +118,9 @@ def tune(
     Args:
         pipe: a pipeline under `gate` or `compile`. Settings that need graphs of their own compile them.
         prompts: what to generate; a few dozen that are like those you serve.
-        settings: what to try, as keywords of the pipeline's call such as ``{"gate_step": 8, "cache_weight": 1.0}``.
-            None tries gates at 20% to 60% of the steps, each with the mean and the conditional branch cached, guidance
-            that goes on, and forecasts, and an early gate with full steps after it.
+        settings: what to try, as keywords of the pipeline's call such as ``{"gate_step": 8, "cache_weight": 1.0}``;
+            they go before those of ``call``. None tries gates at 20% to 60% of the steps, each with the mean and the
+            conditional branch cached, guidance that goes on, and forecasts, and an early gate with full steps after it.
         psnr, ssim: the floor that the recommended setting reaches on average, in dB and from 0 to 1.
         seed: of the first image; the following ones have the numbers after it.
         work: a directory to keep measurements in, from which a call with the same arguments goes on.
@@ -129,8 +130,8 @@ def tune(
         The trials and the recommended one. `print` it for a table; `tgate_fx.tuning.show.plot` draws it.
 
     Raises:
-        ArgumentError: there is no prompt.
-        StateError: the pipeline is not gated.
+        ArgumentError: there is no prompt, or a setting is none or has a keyword that is not to be set.
+        StateError: the pipeline is not gated, or its gate is disabled.
         UnsupportedError: torchmetrics is not installed, or the pipeline makes no images of 11×11 pixels or more.
     """
     from rich.progress import track  # takes a tenth of a second to import
@@ -138,7 +139,13 @@ def tune(
     gated = gated_of(pipe)
     if isinstance(prompts, str) or not prompts:
         raise ArgumentError(f"prompts={prompts!r} has no prompt to generate: expected a list of at least one.")
-    given = [{}, *(dict(each) for each in (_default_settings() if settings is None else settings))]
+    if gated.disabled:
+        raise StateError(
+            "tune was called within tgate_fx.disabled, where nothing is gated: expected a pipeline whose gate is on. "
+            "Call it outside of that."
+        )
+    _check_not_ours("the call", call)
+    given = [{}, *(_default_settings() if settings is None else map(_checked_setting, settings))]
     what = {"prompts": list(prompts), "seed": seed, "call": described(call), "pipeline": described_pipeline(gated)}
     kept = Kept(None if work is None else Path(work), what)
     for index, prompt in enumerate(track(prompts, "tgate_fx: tuning", transient=True)):
@@ -146,6 +153,27 @@ def tune(
     ungated = _trial({}, kept, None)
     trials = [_trial(setting, kept, ungated.seconds) for setting in given[1:]]
     return Tuning((ungated, *sorted(trials, key=lambda each: (each.refused is not None, each.seconds))), psnr, ssim)
+
+
+def _checked_setting(setting: Any) -> dict[str, Any]:
+    """Return what is to be tried as a dict; raise `ArgumentError` if it cannot be."""
+    if not isinstance(setting, Mapping) or not setting:
+        raise ArgumentError(
+            f"{setting!r} is no setting to try: expected keywords of the pipeline's call, such as {{'gate_step': 8}}. "
+            "The ungated pipeline is measured in any case."
+        )
+    _check_not_ours(f"the setting {dict(setting)}", setting)
+    return dict(setting)
+
+
+def _check_not_ours(whose: str, keywords: Mapping[str, Any]) -> None:
+    """Raise `ArgumentError` for a keyword of the pipeline's call that `tune` gives itself."""
+    ours = [name for name in _OURS if name in keywords]
+    if ours:
+        raise ArgumentError(
+            f"{', '.join(ours)} was given in {whose}: expected other keywords, for tune gives {', '.join(_OURS)} "
+            "itself. Leave it out, and give prompts and seed to tune."
+        )
 
 
 def _default_settings() -> list[dict[str, Any]]:
@@ -183,7 +211,8 @@ def _generate(pipe: Any, setting: dict[str, Any], call: dict[str, Any], seed: in
         generator = torch.Generator().manual_seed(seed)
         started = time.perf_counter()
         with nullcontext() if setting else disabled(pipe):
-            result = pipe(**call, **setting, generator=generator, output_type="np", return_dict=False)[0]
+            ours = {"generator": generator, "output_type": "np", "return_dict": False}
+            result = pipe(**{**call, **setting, **ours})[0]
         seconds = time.perf_counter() - started
         if not any(step.compiled for step in report(pipe).steps):
             break
