@@ -192,6 +192,32 @@ def test_off_captures_what_the_others_reuse_and_keeps_nothing(settings: dict[str
         assert not step.gated
 
 
+def test_numbers_of_numpy_are_numbers() -> None:
+    half = numpy.float32(0.5)
+    schedule = Schedule(gate_step=half, cache_weight=half, full_steps=(half, numpy.int64(3)))
+    assert schedule == Schedule(gate_step=0.5, cache_weight=0.5, full_steps=(0.5, 3))
+    assert {type(value) for value in (schedule.gate_step, schedule.cache_weight, schedule.full_steps[0])} == {float}
+    assert tgate_fx.AutoGate(half) == tgate_fx.AutoGate(0.5)
+
+
+@pytest.mark.parametrize("name", ["gate_step", "cache_weight", "after_gate", "full_steps", "guidance"])
+@pytest.mark.parametrize("value", ["0.7", b"\x01", bytearray(b"\x01"), numpy.array([1, 2]), {}, object()])
+def test_what_is_no_number(name: str, value: Any) -> None:
+    with pytest.raises(tgate_fx.ArgumentError, match=f"^{name}="):
+        Schedule(**{"gate_step": 5, name: value})
+
+
+@pytest.mark.parametrize("name", ["gate_step", "cache_weight", "full_steps"])
+def test_numbers_too_large(name: str) -> None:
+    huge = 10**400
+    given: dict[str, Any] = {"gate_step": 5, name: (huge,) if name == "full_steps" else huge}
+    if name == "cache_weight":
+        with pytest.raises(tgate_fx.ArgumentError, match="is not a weight"):
+            Schedule(**given)
+    else:
+        assert Schedule(**given).at(3).phase == "pre-gate"
+
+
 def test_integers_of_numpy_are_integers() -> None:
     schedule = Schedule(gate_step=numpy.int64(3), sp_interval=numpy.int32(2), warm_up=numpy.uint8(1))
     assert schedule == Schedule(gate_step=3, sp_interval=2, warm_up=1)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .errors import ArgumentError, checked_count
+from .errors import ArgumentError, as_float, checked_count
 from .inputs import tensors_in
 
 
@@ -30,19 +30,16 @@ class AutoGate:
     latest: int | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.similarity, bool) or not isinstance(self.similarity, (int, float)):
-            raise ArgumentError(self._expected())
-        if not -1 <= self.similarity <= 1:
-            raise ArgumentError(self._expected())
+        similarity = as_float(self.similarity)
+        if similarity is None or not -1 <= similarity <= 1:
+            raise ArgumentError(
+                f"similarity={self.similarity!r} ({type(self.similarity).__name__}) is no cosine similarity: expected "
+                "a number from -1 to 1, such as 0.991."
+            )
+        object.__setattr__(self, "similarity", similarity)
         object.__setattr__(self, "earliest", checked_count("earliest", self.earliest, least=1))
         if self.latest is not None:
             object.__setattr__(self, "latest", checked_count("latest", self.latest, least=self.earliest))
-
-    def _expected(self) -> str:
-        return (
-            f"similarity={self.similarity!r} ({type(self.similarity).__name__}) is no cosine similarity: expected a "
-            "number from -1 to 1, such as 0.991."
-        )
 
 
 class Watch:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 
 from .auto_gate import AutoGate
-from .errors import ArgumentError, as_int
+from .errors import ArgumentError, as_float, as_int
+
+_TEXT = (str, bytes, bytearray)
 
 
 def checked_gate_step(value: object) -> int | float | AutoGate | None:
@@ -15,28 +16,27 @@ def checked_gate_step(value: object) -> int | float | AutoGate | None:
     Raises:
         ArgumentError: it is none of these, nor "auto".
     """
-    if value == "auto":
+    if isinstance(value, str) and value == "auto":
         return AutoGate()
-    if value is None or isinstance(value, AutoGate) or (isinstance(value, float) and 0.0 < value < 1.0):
+    if value is None or isinstance(value, AutoGate):
         return value
-    number = as_int(value)
+    share, number = as_float(value), as_int(value)
+    if share is not None and 0.0 < share < 1.0:
+        return share
     if number is not None and number >= 1:
         return number
-    whole = isinstance(value, float) and value >= 1 and value.is_integer()
+    whole = share is not None and share >= 1 and share.is_integer()
     raise ArgumentError(
         f"gate_step={value!r} ({type(value).__name__}) is not a gate step: expected an int ≥ 1 (the index of the first "
         "gated step), a float between 0 and 1 (that share of the steps), None (never gated), or 'auto'."
-        + (f" Write {value:.0f} for that step." if whole else "")
+        + (f" Write {share:.0f} for that step." if whole else "")
     )
 
 
 def checked_weight(value: object) -> float:
     """Return a weight of the conditional branch from 0 to 1; raise `ArgumentError` if it is none."""
-    try:
-        weight = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
-        weight = math.nan
-    if not 0.0 <= weight <= 1.0:
+    weight = as_float(value)
+    if weight is None or not 0.0 <= weight <= 1.0:
         raise ArgumentError(
             f"cache_weight={value!r} ({type(value).__name__}) is not a weight: expected a number from 0 (the "
             "unconditional branch is cached) to 1 (the conditional one), 0.5 for the mean of both."
@@ -58,8 +58,12 @@ def checked_window(value: object) -> tuple[int, int]:
 
 def checked_steps(value: object) -> tuple[int | float, ...]:
     """Return steps as ints ≥ 0 and floats in (0, 1); raise `ArgumentError` if a value is no sequence of these."""
-    given = tuple(value) if isinstance(value, Sequence) and not isinstance(value, (str, bytes)) else (None,)
-    steps = [step if isinstance(step, float) and 0.0 < step < 1.0 else as_int(step) for step in given]
+    given = tuple(value) if isinstance(value, Sequence) and not isinstance(value, _TEXT) else (None,)
+    shares = [as_float(step) for step in given]
+    steps = [
+        share if share is not None and 0.0 < share < 1.0 else as_int(step)
+        for share, step in zip(shares, given, strict=True)
+    ]
     if any(step is None or step < 0 for step in steps):
         raise ArgumentError(
             f"full_steps={value!r} are no steps: expected indices of steps (ints ≥ 0) or shares of all steps (floats "

@@ -95,7 +95,8 @@ class Schedule:
             object.__setattr__(self, "deep_interval", checked_count("deep_interval", self.deep_interval, least=1))
         object.__setattr__(self, "deep_order", checked_order(self.deep_order))
         object.__setattr__(self, "cache_weight", checked_weight(self.cache_weight))
-        if self.after_gate is not None and self.after_gate not in AFTER_GATE:
+        named = isinstance(self.after_gate, str) and self.after_gate in AFTER_GATE
+        if self.after_gate is not None and not named:
             raise ArgumentError(
                 f"after_gate={self.after_gate!r} is not one of {', '.join(map(repr, AFTER_GATE))}: expected which "
                 "guidance branch goes on after the gate."
