@@ -286,7 +286,7 @@ def test_companions_rest_while_steps_are_forecast() -> None:
         ({"forecast": 2, "fi_interval": 2}, says("forecast=2", "fi_interval=2", "Leave one out")),
         ({"forecast": 2, "after_gate": "both"}, says("forecast=2", "after_gate='both'", "Leave one out")),
         ({"guidance": (3, 3)}, says("guidance=(3, 3)", "expected (start, stop)")),
-        ({"guidance": (3, 8)}, says("guidance=(3, 8)", "gate_step=3", "guidance ends at the gate")),
+        ({"guidance": (3, 8)}, says("guidance=(3, 8)", "gate_step=3", "no step before the gate")),
         ({"guidance": 5}, says("guidance=5", "expected (start, stop)")),
         ({"guidance": (0, 5), "sp_interval": 2}, says("guidance=(0, 5)", "sp_interval=2", "Leave one out")),
         ({"guidance": (0, 5), "after_gate": "both"}, says("guidance=(0, 5)", "after_gate='both'", "Leave one out")),
@@ -307,6 +307,7 @@ def test_what_is_refused(rule: dict[str, Any], message: str, per_call: bool) -> 
         assert torch.equal(generate(pipe), plain)
 
 
+@pytest.mark.filterwarnings("ignore:__array_wrap__")  # of KDPM2's own
 def test_schedulers_that_a_rule_is_refused_with() -> None:
     pipe = tgate_fx.gate(tiny.make("sd-small"), GATE)
     pipe.scheduler = tiny.scheduler("HeunDiscrete")
@@ -316,6 +317,9 @@ def test_schedulers_that_a_rule_is_refused_with() -> None:
     assert torch.equal(generate(pipe), expected)
     pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, prediction_type="sample")
     with pytest.raises(tgate_fx.UnsupportedError, match=says("after_gate='guided'", "DDIMScheduler", "'sample'")):
+        generate(pipe, after_gate="guided")
+    pipe.scheduler = diffusers.KDPM2DiscreteScheduler.from_config(pipe.scheduler.config, prediction_type="v_prediction")
+    with pytest.raises(tgate_fx.UnsupportedError, match=says("'v_prediction' at levels between those of its steps")):
         generate(pipe, after_gate="guided")
     generate(pipe)
 

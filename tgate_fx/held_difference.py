@@ -75,13 +75,13 @@ def _level(scheduler: Any) -> Level:
         predicts = "flow_prediction"
     sigmas = getattr(scheduler, "sigmas", None)
     alphas = getattr(scheduler, "alphas_cumprod", None)
-    between = getattr(scheduler, "order", 1) != 1 and not name.startswith("Heun")  # evaluates at levels of its own
-    if not name.startswith(_PRECONDITIONED):
-        if predicts == "epsilon":
-            return lambda timestep, back: 1.0
-        if between:
-            predicts = f"{predicts} between its levels of noise"
-        elif sigmas is not None and hasattr(scheduler, "step_index"):
+    # Others of order 2 evaluate at levels of noise between those of their steps.
+    between = getattr(scheduler, "order", 1) != 1 and not name.startswith("Heun")
+    plain = not name.startswith(_PRECONDITIONED)
+    if plain and predicts == "epsilon":
+        return lambda timestep, back: 1.0
+    if plain and not between:
+        if sigmas is not None and hasattr(scheduler, "step_index"):
             values = floats_of(sigmas)
             if predicts == "v_prediction":
                 return _by_position(scheduler, [1 / math.hypot(1, sigma) for sigma in values])
@@ -89,9 +89,10 @@ def _level(scheduler: Any) -> Level:
                 return _by_position(scheduler, [1 - sigma for sigma in values])
         elif predicts == "v_prediction" and alphas is not None:
             return _by_timestep(alphas.sqrt())
+    where = " at levels between those of its steps" if between else ""
     raise UnsupportedError(
-        f"after_gate='guided' was given with a {name} whose model predicts {predicts!r}: expected noise (epsilon), "
-        "v_prediction or a flow, of which it is known how guidance changes with the noise. Give "
+        f"after_gate='guided' was given with a {name} whose model predicts {predicts!r}{where}: expected noise "
+        "(epsilon), v_prediction or a flow, of which it is known how guidance changes with the noise. Give "
         "after_gate='positive' with cache_weight=1.0, or another scheduler."
     )
 

@@ -129,7 +129,7 @@ class Schedule:
                 f"gate_step={self.gate_step!r}",
                 isinstance(self.gate_step, int) and self.gate_step <= self.guidance[0],
             )
-            refuse_together(guidance[0], (gate,), "guidance ends at the gate, so that no step would have any")
+            refuse_together(guidance[0], (gate,), "no step before the gate would have guidance")
         if self.deep_interval is not None:
             refuse_together("deepcache", (intervals,), "the deep branch is skipped whole")
 
