@@ -141,6 +141,7 @@ def wrapped() -> Any:
     return pipe
 
 
+@pytest.mark.slow
 def test_a_denoiser_within_pefts_wrapper(backend: CountingBackend) -> None:
     pipe = wrapped()
     kwargs = {**tiny.inputs("pixart-alpha"), "num_inference_steps": 4}

@@ -385,6 +385,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert said.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "expected"),
     [

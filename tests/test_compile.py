@@ -82,7 +82,7 @@ def test_other_branches_need_two_graphs_too(after_gate: str, backend: CountingBa
     assert len(backend.graphs) == 2
 
 
-@pytest.mark.parametrize("family", ["sd-small", "pixart-alpha"])
+@pytest.mark.parametrize("family", tiny.slow_but(("sd-small",), ("sd-small", "pixart-alpha")))
 def test_schedulers_with_other_timesteps_share_the_graphs(family: str, backend: CountingBackend) -> None:
     """DDIM hands over int64, Euler float32 timesteps; both are exact as float32."""
     pipe = compiled(family, backend)

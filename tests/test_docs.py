@@ -14,6 +14,7 @@ import torch
 DOCS = Path(__file__).parent.parent / "docs"
 
 
+@pytest.mark.slow
 def test_the_page_on_graphs() -> None:
     with torch.no_grad():
         result = doctest.testfile(str(DOCS / "graphs.md"), module_relative=False, encoding="utf-8")

@@ -270,6 +270,7 @@ def test_rows_fit_into_80_columns_a_line_each(
     assert all(line.rstrip().endswith("1.234x") for line in lines[3:])
 
 
+@pytest.mark.slow
 def test_python_m_does_what_the_command_does() -> None:
     module = [sys.executable, "-m", "tgate_fx", "macs", "--help"]
     command = [sys.executable, "-c", "import sys; sys.argv[0] = 'tgate-fx'; from tgate_fx.commands import main; main()"]

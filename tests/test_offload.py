@@ -117,6 +117,7 @@ def test_what_cannot_be_compiled_is_refused(how: str, before: bool, regional: bo
     assert torch.isfinite(tiny.latents(pipe, **KWARGS)).all()
 
 
+@pytest.mark.slow
 def test_merged_tokens_are_refused_when_compiled(backend: CountingBackend) -> None:
     """tomesd puts a class of its own in place of each block's, which makes random generators as it runs."""
     pipe = tiny.make("sd-small")

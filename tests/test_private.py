@@ -108,6 +108,7 @@ def test_generations_are_right_without(
     tgate_fx.restore(pipe)
 
 
+@pytest.mark.slow
 def test_modes_of_other_backends_are_none_of_its_business() -> None:
     given: list[object] = []
 
@@ -234,6 +235,7 @@ def test_without_the_name_of_a_function_its_calls_stay(function: object, name: s
     assert dead_code.may_have_an_effect(node)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_without_marks_cuda_graphs_copy_their_cache(take: Take, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(settings, "_has_cuda_graphs", lambda device: True)
     take("torch._dynamo.mark_static_address")

@@ -52,6 +52,7 @@ def test_spawned_workers_have_pipelines_of_their_own() -> None:
         assert np.array_equal(pool.apply(spawned, (3,)), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere processes are not forked")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_forked_workers_inherit_a_compiled_pipeline() -> None:

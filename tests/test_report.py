@@ -178,6 +178,7 @@ def test_the_ladder_refuses_what_it_cannot_time(monkeypatch: pytest.MonkeyPatch)
         tgate_fx.report(pipe, ladder=True)
 
 
+@pytest.mark.slow
 def test_a_step_costs_microseconds() -> None:
     """50 µs between the pipeline's call and the compiled function's on an idle machine; here, five times as much."""
     pipe, generate = overhead.tiny_pipeline()

@@ -422,7 +422,7 @@ def deep_line(gate: int | None) -> torch.Tensor:
     return final(tgate_fx.gate(pipe, gate), **kwargs)
 
 
-@pytest.mark.parametrize("gate", [None, 6])
+@pytest.mark.parametrize("gate", tiny.slow_but((None,), (None, 6)))
 def test_a_deep_branch_in_a_straight_line(gate: int | None, backend: CountingBackend) -> None:
     kwargs = {**tiny.inputs("sd"), "num_inference_steps": 11}
     expected = deep_line(gate)

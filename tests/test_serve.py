@@ -31,6 +31,7 @@ def pipe() -> object:
     return ready(None, compiled=False)
 
 
+@pytest.mark.slow
 def test_nothing_is_lost_or_mixed_up_under_load_with_faults(pipe: object) -> None:
     measured = load(pipe, 24, 6, steps=3)
     assert set(measured["requests"]) == {"good", "bad", "leaving", "failing"}
