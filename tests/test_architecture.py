@@ -23,7 +23,7 @@ one_batch separate_calls families
 sites split
 dispatch network
 step_count report steps phases trend run companions companion_run
-gated
+gated_class gated
 compiled.private compiled.cpu compiled.checksum compiled.settings compiled.openvino
 compiled.freed_graphs compiled.shared_weights compiled.frozen_weights compiled.dead_code compiled.onednn
 compiled.backend

@@ -1,4 +1,4 @@
-"""The gate on one pipeline, and the class that makes each of its calls one generation."""
+"""The gate on one pipeline, and its generations."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 from .companion_run import CompanionRun
 from .companions import only_conditional
 from .errors import ArgumentError, StateError, UnsupportedError
+from .gated_class import AS_GATED, ATTRIBUTE, KEYWORDS, gate_of, gated_class, plain_class
 from .guidance import check_known_guidance, check_settings, guidance_is_on
 from .keywords import check_not_misspelt
 from .network import Network
@@ -24,30 +25,8 @@ from .schedule import Schedule
 from .step_count import fresh_step_count, step_count
 from .steps import Steps
 
-_ATTRIBUTE = "_tgate"
-_PLAIN_CLASS = "_tgate_plain_class"
-_FOR_ONE_CALL = (
-    "gate_step",
-    "sp_interval",
-    "fi_interval",
-    "warm_up",
-    "after_gate",
-    "cache_weight",
-    "forecast",
-    "guidance",
-    "full_steps",
-)
+# Keywords of `gate` that are for the pipeline as a whole.
 _NOT_FOR_ONE_CALL = ("deepcache", "gate_companions")
-
-
-class _AsGated:
-    """The default of those keywords, for which None has a meaning of its own."""
-
-    def __repr__(self) -> str:
-        return "<as gated>"
-
-
-_AS_GATED = _AsGated()
 
 
 class Gated:
@@ -86,8 +65,8 @@ class Gated:
         self.steps: Steps | None = None
         self.runs: list[Run] = []
         self._plain_class = type(pipe)
-        self._base: type[Any] = getattr(self._plain_class, _PLAIN_CLASS, None) or self._plain_class
-        self._gated_class = _gated_class(self._base)  # type: ignore[arg-type]
+        self._base: type[Any] = plain_class(self._plain_class)
+        self._gated_class = gated_class(self._base)  # type: ignore[arg-type]
         self._attributes: list[str] = []
         self._generating = threading.Lock()
         self._thread: int | None = None
@@ -95,14 +74,15 @@ class Gated:
     @classmethod
     def of(cls, pipe: Any) -> Gated | None:
         """Return the gate on this pipeline, if any."""
-        return getattr(pipe, "__dict__", {}).get(_ATTRIBUTE)
+        found: Gated | None = gate_of(pipe)
+        return found
 
     def attach(self, pipe: Any) -> None:
         """Put this gate on its pipeline."""
         for each in self.all:
             each.network.attach(self)
             each.phases.attach()
-        self.set_attribute(pipe, _ATTRIBUTE, self)
+        self.set_attribute(pipe, ATTRIBUTE, self)
         pipe.__class__ = self._gated_class
 
     def set_attribute(self, pipe: Any, name: str, value: object) -> None:
@@ -127,9 +107,9 @@ class Gated:
 
     def generate(self, pipe: Any, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the pipeline's own ``__call__`` as one generation."""
-        given = {name: kwargs.pop(name) for name in _FOR_ONE_CALL if name in kwargs}
+        given = {name: kwargs.pop(name) for name in KEYWORDS if name in kwargs}
         self._check_unknown(kwargs)
-        overrides = {name: value for name, value in given.items() if value is not _AS_GATED}
+        overrides = {name: value for name, value in given.items() if value is not AS_GATED}
         schedule = self.settled(dataclasses.replace(self.schedule, **overrides))
         self.check(pipe, schedule)
         bound = functools.partial(_bound, self.parameters, (pipe, *args), kwargs)
@@ -155,10 +135,10 @@ class Gated:
         for name in ignored:
             if name in _NOT_FOR_ONE_CALL:
                 raise ArgumentError(
-                    f"{name} was given to a call: expected one of {', '.join(_FOR_ONE_CALL)}. Give it to tgate_fx.gate "
+                    f"{name} was given to a call: expected one of {', '.join(KEYWORDS)}. Give it to tgate_fx.gate "
                     "or compile."
                 )
-        check_not_misspelt(ignored, _FOR_ONE_CALL)
+        check_not_misspelt(ignored, KEYWORDS)
 
     def settled(self, schedule: Schedule) -> Schedule:
         """Return a schedule as it is for the pipeline's denoiser, and off if the gate is."""
@@ -287,46 +267,3 @@ def _bound(parameters: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping
         return None
     position = names.index(name)
     return args[position] if position < len(args) else parameters[name].default
-
-
-@functools.cache
-def _gated_class(base: type[Any]) -> type[Any]:
-    """Return a subclass of a pipeline's class whose call is one generation; it has the same name, module and behaviour.
-
-    Only gated instances get this class: the pipeline class itself is never changed. An instance of it that was made
-    from a gated one, and is not gated itself, is a plain pipeline.
-    """
-
-    @functools.wraps(base.__call__)
-    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        gated = Gated.of(self)
-        if gated is None:
-            return base.__call__(self, *args, **kwargs)
-        return gated.generate(self, base.__call__, args, kwargs)
-
-    def __reduce_ex__(self: Any, protocol: Any) -> Any:
-        if Gated.of(self) is not None:
-            raise StateError(
-                "A gated pipeline can be neither copied nor pickled, since its denoiser's forwards belong to it alone: "
-                "expected a plain one. Call tgate_fx.restore(pipe) first, or make another with from_pipe."
-            )
-        return base.__reduce_ex__(self, protocol)  # type: ignore[call-arg]
-
-    __call__.__signature__ = _with_overrides(inspect.signature(base.__call__))  # type: ignore[attr-defined]
-    attributes: dict[str, Any] = {"__call__": __call__, "__module__": base.__module__, "__doc__": base.__doc__}
-    attributes |= {"__reduce_ex__": __reduce_ex__, _PLAIN_CLASS: base}
-    if isinstance(getattr(base, "guidance_rescale", None), property):
-
-        def guidance_rescale(self: Any) -> Any:
-            # Where guidance sees one branch twice, rescaling would blend two equal predictions and only round them.
-            gated = Gated.of(self)
-            return 0.0 if gated is not None and gated.branch_sliced else base.guidance_rescale.fget(self)
-
-        attributes["guidance_rescale"] = property(guidance_rescale)
-    return type(base.__name__, (base,), {**attributes, "__qualname__": base.__qualname__})
-
-
-def _with_overrides(signature: inspect.Signature) -> inspect.Signature:
-    added = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=_AS_GATED) for name in _FOR_ONE_CALL]
-    parameters = sorted([*signature.parameters.values(), *added], key=lambda parameter: parameter.kind)
-    return signature.replace(parameters=parameters)
