@@ -22,7 +22,8 @@ class AutoGate:
         similarity: the gate opens after the first step at which the cosine similarity of both branches' outputs is
             that large for every row; on an accelerator a step later, so that nothing waits for it.
         earliest: the first step that may be gated, ≥ 1.
-        latest: the step at which the gate opens in any case; None if it may stay closed.
+        latest: the step at which the gate opens in any case; None if it may stay closed, as it does where a callback
+            ends guidance before.
     """
 
     similarity: float = 0.991
