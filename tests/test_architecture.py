@@ -32,7 +32,7 @@ compiled.variant compiled.whole compiled.regional
 phase_graph ladder
 pipeline warmup loaders hand_written
 artifact.private artifact.weights_file artifact.fingerprint artifact.contents artifact.manifest
-artifact.packaged
+artifact.packaged artifact.caches
 artifact.save artifact.load
 tuning.mobilenet tuning.likeness tuning.kept tuning.measure tuning.show
 tgate_fx

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
 import gc
 import json
+import operator
 import os
 import random
 import shutil
@@ -30,7 +33,10 @@ from tests.test_frozen_weights import Scaled
 from tests.test_refusals import says
 from tgate_fx.artifact import fingerprint, weights_file
 from tgate_fx.artifact import manifest as manifest_module
+from tgate_fx.artifact.contents import check
 from tgate_fx.artifact.packaged import weights_of
+from tgate_fx.compiled.settings import CompileSettings
+from tgate_fx.schedule import Schedule
 
 SIZE = {"height": 16, "width": 16}
 
@@ -44,7 +50,9 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What is saved of a tiny Stable Diffusion pipeline, once for all tests."""
     torch.set_num_threads(1)
     pipe = tgate_fx.compile(made(), gate_step=3)
+    configuration = torch._inductor.config.get_config_copy()
     path = tgate_fx.save(pipe, tmp_path_factory.mktemp("artifacts") / "sd", **SIZE)
+    assert torch._inductor.config.get_config_copy() == configuration
     assert sorted(file.name for file in path.iterdir()) == ["0.pt2", "1.pt2", "constants.bin", "manifest.json"]
     return path
 
@@ -361,7 +369,7 @@ def flip(path: Path) -> None:
         (lambda path: (path / "1.pt2").unlink(), "1.pt2 is missing"),
         (lambda path: truncate(path / "manifest.json"), "No complete artifact"),
         (lambda path: (path / "manifest.json").unlink(), "No complete artifact"),
-        (in_text('"format": 10', '"format": 99'), "has format 99: expected 10"),
+        (in_text('"format": 10', '"format": 99'), "has format 99: expected 11"),
         (lambda path: truncate(path / "constants.bin"), "constants.bin is"),
         (lambda path: flip(path / "constants.bin"), "and not as it was written"),
         (in_text('"gate_step": 3', '"gate_step": 4'), "manifest.json is not as it was written"),
@@ -401,8 +409,8 @@ def test_what_cannot_be_saved(tmp_path: Path, backend: CountingBackend) -> None:
         tgate_fx.save(tgate_fx.gate(made()), tmp_path / "new")
     for settings, what in (
         ({"backend": backend}, "backend="),
-        ({"regional": True}, "regional=True"),
-        ({"dynamic": True}, "dynamic=True"),
+        ({"dynamic": True}, "dynamic=True and freezing"),
+        ({"regional": True, "options": {"post_grad_custom_pre_pass": print}}, "options['post_grad_custom_pre_pass']"),
     ):
         pipe = tgate_fx.compile(made(), **settings)
         with pytest.raises(tgate_fx.UnsupportedError, match=says(what, "cannot be saved")):
@@ -519,3 +527,123 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(manifest_module, "_file_checksum", refuse)
     with pytest.raises(tgate_fx.StateError, match=says("0.pt2 cannot be read", "Permission denied", "permissions")):
         manifest_module.check_file(file, described, by_sha256=False)
+
+
+GENERATE_FROM_CACHES = """
+import sys, torch
+torch.set_num_threads(1)
+import tgate_fx
+from tests import tiny
+from tests.test_artifact import SIZE, made
+from torch._dynamo.utils import counters
+
+pipe = tgate_fx.load(made(), sys.argv[1])
+latents = tiny.latents(pipe, **{**tiny.inputs("sd"), **SIZE, "num_inference_steps": 5})
+found = counters["inductor"]
+print(latents.double().sum().item(), found["fxgraph_cache_hit"], found["fxgraph_cache_miss"])
+print(tgate_fx.report(pipe).compiler)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.inductor
+def test_where_phases_cannot_be_packages_torchs_caches_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = tgate_fx.compile(made(), gate_step=3, cache_weight=1.0, regional=True)
+    kwargs = {**tiny.inputs("sd"), **SIZE, "num_inference_steps": 5}
+    expected = tiny.latents(pipe, **kwargs)
+    path = tgate_fx.save(pipe, tmp_path / "artifact", **SIZE)
+    assert sorted(file.name for file in path.iterdir()) == ["caches.bin", "manifest.json"]
+    assert torch.equal(tiny.latents(pipe, **kwargs), expected)
+    graphs = tgate_fx.report(pipe).compiled_graphs
+
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "elsewhere")}
+    command = [sys.executable, "-c", GENERATE_FROM_CACHES, str(path)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    numbers, compiler = result.stdout.splitlines()
+    total, hits, misses = map(float, numbers.split())
+    assert total == pytest.approx(expected.double().sum().item(), rel=1e-5)
+    assert (hits, misses) == (graphs, 0)
+    assert compiler == "torch.compile (inductor, regional)"
+
+    loaded = tgate_fx.load(made(), path)
+    assert relative_error(tiny.latents(loaded, **kwargs), expected) < 1e-5
+    assert tgate_fx.report(loaded).gate == 3
+    tgate_fx.restore(loaded)
+    plain = made()
+    other_processor(plain)
+    with pytest.raises(tgate_fx.StateError, match=says("does not fit the denoiser's structure", "Load it on")):
+        tgate_fx.load(plain, path)
+    tgate_fx.gate(plain, 3)  # it was left as it was
+    monkeypatch.setattr(torch._inductor.config, "fx_graph_cache", False)
+    with pytest.raises(tgate_fx.StateError, match=says("took nothing of", "caches that are on")):
+        tgate_fx.load(made(), path)
+    with pytest.raises(tgate_fx.UnsupportedError, match=says("torch has cached nothing", "to be on")):
+        tgate_fx.save(pipe, tmp_path / "another", **SIZE)
+    assert torch.equal(tiny.latents(pipe, **kwargs), expected)
+    monkeypatch.undo()
+    flip(path / "caches.bin")
+    with pytest.raises(tgate_fx.StateError, match=says("caches.bin", "not as it was written")):
+        tgate_fx.load(made(), path)
+    (path / "caches.bin").write_bytes(b"")
+    with pytest.raises(tgate_fx.StateError, match=says("caches.bin", "not as it was written")):
+        tgate_fx.load(made(), path)
+
+
+def of_caches() -> dict[str, Any]:
+    """What a manifest says where caches are kept."""
+    return {
+        "torch": "2.13.0",
+        "diffusers": "0.42.1",
+        "processor": {},
+        "model": {},
+        "structure": {},
+        "weights": None,
+        "schedule": dataclasses.asdict(Schedule(3)),
+        "deepcache": None,
+        "gate_companions": True,
+        "phases": [],
+        "weights_file": None,
+        "caches": {
+            "settings": {"mode": "reduce-overhead", "dynamic": None, "options": None, "regional": False},
+            "file": {"bytes": 8, "checksum": "1f-", "sha256": "0" * 64},
+        },
+    }
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("caches",), None),
+        (("caches",), []),
+        (("caches", "file"), None),
+        (("caches", "file", "sha256"), "0"),
+        (("caches", "settings"), {}),
+        (("caches", "settings", "mode"), 1),
+        (("caches", "settings", "options"), {}),  # beside a mode
+        (("caches", "settings", "dynamic"), "yes"),
+        (("caches", "settings", "regional"), None),
+        (("caches", "settings", "backend"), "eager"),
+        (("weights_file",), {"bytes": 8, "checksum": "1f-", "sha256": "0" * 64}),
+        (("phases",), [{}]),
+    ],
+)
+def test_what_a_manifest_of_caches_may_say(place: tuple[str, ...], value: Any) -> None:
+    contents = of_caches()
+    check(Path("manifest.json"), contents)
+    *parents, last = place
+    functools.reduce(operator.getitem, parents, contents)[last] = value
+    with pytest.raises(tgate_fx.StateError, match=says("manifest.json has", "as tgate_fx.save writes it")):
+        check(Path("manifest.json"), contents)
+
+
+def test_what_is_kept_of_each_setting() -> None:
+    """Packages, or torch's caches for what is recorded or made when it runs."""
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert CompileSettings().ahead_of_time(cpu) == {"freezing": True}
+    assert CompileSettings().ahead_of_time(cuda) == {}
+    assert CompileSettings(mode="reduce-overhead").ahead_of_time(cpu) is not None
+    assert CompileSettings(mode="reduce-overhead").ahead_of_time(cuda) is None
+    assert CompileSettings(dynamic=True).ahead_of_time(cuda) is None
+    assert CompileSettings(regional=True).ahead_of_time(cpu) is None

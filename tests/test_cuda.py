@@ -176,15 +176,17 @@ def test_blocks_are_compiled_beneath_group_offloading() -> None:
     assert tgate_fx.report(pipe).compiled_graphs == 2
 
 
-def test_an_artifact(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("settings", "graphs"), [({}, 0), ({"mode": "reduce-overhead"}, 2)])
+def test_an_artifact(settings: dict[str, Any], graphs: int, tmp_path: Path) -> None:
+    """Packages, and torch's caches where phases are CUDA graphs."""
     inputs = {**tiny.inputs("sd-small"), "num_inference_steps": 4}
     expected = tiny.latents(tgate_fx.gate(on_gpu(tiny.make("sd-small")), GATE), **inputs)
-    pipe = tgate_fx.compile(on_gpu(tiny.make("sd-small")), GATE)
+    pipe = tgate_fx.compile(on_gpu(tiny.make("sd-small")), GATE, **settings)
     tgate_fx.save(pipe, tmp_path / "artifact", height=inputs["height"], width=inputs["width"])
     loaded = tgate_fx.load(on_gpu(tiny.make("sd-small")), tmp_path / "artifact")
     for _ in range(2):
         assert relative_error(tiny.latents(loaded, gate_step=GATE, **inputs), expected) < 1e-3
-    assert tgate_fx.report(loaded).compiled_graphs == 0
+    assert tgate_fx.report(loaded).compiled_graphs == graphs
 
 
 def test_restore_frees_the_memory_of_caches() -> None:

@@ -7,6 +7,7 @@ import inspect
 import re
 import types
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -41,7 +42,7 @@ def take(monkeypatch: pytest.MonkeyPatch) -> Take:
     """Takes a name away from the door alone, since torch itself would fail without most of them."""
     gone: set[str] = set()
     find = private.find
-    for door in (private, compiling):
+    for door in (private, compiling, aot):
         monkeypatch.setattr(door, "find", lambda path: None if path in gone else find(path))
     return gone.add
 
@@ -444,6 +445,20 @@ def test_artifacts_are_refused_before_anything_is_done(
         tgate_fx.load(pipe, tmp_path / "artifact")
     assert not list(tmp_path.iterdir())
     assert torch.isfinite(tiny.latents(pipe, **KWARGS)).all()
+
+
+def test_without_their_names_caches_are_kept_whole_and_taken_to_be_on(
+    take: Take, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert aot.caches_are_on()
+    monkeypatch.setattr(torch._inductor.config, "fx_graph_cache", False)
+    assert not aot.caches_are_on()
+    assert not isinstance(aot.caches_of_their_own(), nullcontext)
+    take("torch._inductor.config.fx_graph_cache")
+    take("torch._inductor.config.force_disable_caches")
+    take("torch.compiler._cache.CacheArtifactManager.with_fresh_cache")
+    assert aot.caches_are_on()
+    assert isinstance(aot.caches_of_their_own(), nullcontext)
 
 
 def names_of(door: types.ModuleType) -> set[str]:

@@ -42,11 +42,13 @@ class Phases(abc.ABC):
         return False
 
     @abc.abstractmethod
-    def inductor_options(self, device: torch.device) -> dict[str, Any]:
+    def inductor_options(self, device: torch.device) -> dict[str, Any] | None:
         """Return the options with which inductor compiles these phases ahead of time, for `tgate_fx.save`.
 
+        None if they need torch.compile when they run, whose caches can be kept.
+
         Raises:
-            StateError, UnsupportedError: they cannot be compiled ahead of time.
+            StateError, UnsupportedError: nothing of them can be kept.
         """
 
     def attach(self) -> None:  # noqa: B027  (most need nothing there)
@@ -97,7 +99,7 @@ class EagerPhases(Phases):
         """Return that they run eagerly."""
         return "eager"
 
-    def inductor_options(self, device: torch.device) -> dict[str, Any]:
+    def inductor_options(self, device: torch.device) -> dict[str, Any] | None:
         """Raise `StateError`: there are none."""
         raise StateError("The pipeline is not compiled: expected one given to tgate_fx.compile.")
 

@@ -112,7 +112,7 @@ def gate(
         guidance,
         full_steps,
     )
-    _attach(pipe, schedule, networks, gate_companions, EagerPhases)
+    attach(pipe, schedule, networks, gate_companions, EagerPhases)
     return pipe
 
 
@@ -182,18 +182,24 @@ def compile(
         guidance,
         full_steps,
     )
-    phases = RegionalPhases if regional else WholePhases
-    _attach(pipe, schedule, networks, gate_companions, lambda network: phases(network, settings))
+    attach(pipe, schedule, networks, gate_companions, phases_with(settings))
     return pipe
 
 
-def _attach(
+def phases_with(settings: CompileSettings) -> Callable[[Network], Phases]:
+    """Return what makes the phases of a network under these settings."""
+    phases = RegionalPhases if settings.regional else WholePhases
+    return lambda network: phases(network, settings)
+
+
+def attach(
     pipe: Any,
     schedule: Schedule,
     networks: Sequence[Network],
     gate_companions: bool,
     make_phases: Callable[[Network], Phases],
 ) -> None:
+    """Gate a pipeline whose denoisers these networks are."""
     gated, companions = (
         [GatedNetwork(network, make_phases(network)) for network in each]
         for each in (networks, companions_of(pipe) if gate_companions else [])

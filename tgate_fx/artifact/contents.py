@@ -50,10 +50,16 @@ def check(path: Path, contents: Any) -> None:
         "schedule": ("the settings of a schedule", _is_schedule),
         "deepcache": ("a number of a branch, or null", lambda value: value is None or _is_count(value)),
         "gate_companions": ("true or false", lambda value: isinstance(value, bool)),
-        "phases": ("a list of phases", lambda value: isinstance(value, list) and len(value) > 0),
-        "weights_file": ("bytes, checksum and sha256 of a file", _is_file),
+        "phases": ("a list of phases", lambda value: isinstance(value, list)),
+        "weights_file": (
+            "bytes, checksum and sha256 of a file, or null",
+            lambda value: value is None or _is_file(value),
+        ),
+        "caches": ("settings and a file, or null", lambda value: value is None or _is_caches(value)),
     }
     _require_all(path, "", contents, expected)
+    parts = len(contents["phases"]) > 0, contents["weights_file"] is not None, contents["caches"] is None
+    _require(path, "code", parts, "packages and their weights, or caches", lambda value: len(set(value)) == 1)
     together = contents["deepcache"], contents["schedule"]["deep_interval"]
     both = "a branch and an interval of the deep branch, or neither"
     _require(path, "deepcache", together, both, lambda value: (value[0] is None) == (value[1] is None))
@@ -134,6 +140,28 @@ def _is_file(value: Any) -> bool:
         and _is_text(value["sha256"])
         and bool(_SHA256.fullmatch(value["sha256"]))
     )
+
+
+def _is_caches(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and set(value) == {"settings", "file"}
+        and _is_file(value["file"])
+        and _is_settings(value["settings"])
+    )
+
+
+def _is_settings(value: Any) -> bool:
+    """Return whether torch.compile may be given these."""
+    if not isinstance(value, dict) or set(value) != {"mode", "dynamic", "options", "regional"}:
+        return False
+    options, mode = value["options"], value["mode"]
+    plain = options is None or (
+        isinstance(options, dict)
+        and all(isinstance(each, (bool, int, float, str, type(None))) for each in options.values())
+    )
+    named = mode is None or (isinstance(mode, str) and options is None)
+    return plain and named and isinstance(value["regional"], bool) and value["dynamic"] in (None, True, False)
 
 
 def _is_roles(value: Any) -> bool:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..companions import companions_of
+from ..compiled.settings import CompileSettings
 from ..deepcache import DeepCache
 from ..errors import StateError, UnsupportedError
-from ..gated import Gated, check_not_gated
+from ..gated import check_not_gated, gated_of
 from ..network import Network, networks_of
-from ..phases import EagerPhases
+from ..phases import EagerPhases, Phases
+from ..pipeline import attach, phases_with
 from ..roles import Role, Roles
-from ..run import GatedNetwork
-from . import fingerprint, manifest, private, weights_file
+from . import caches, fingerprint, manifest, private, weights_file
 from .contents import schedule_of
 from .packaged import Package, PackagedPhases
 
@@ -23,11 +24,14 @@ Pipeline = TypeVar("Pipeline")
 def load(pipe: Pipeline, path: str | Path, digest: str | None = None) -> Pipeline:
     """Gate a pipeline with phases that `save` compiled; nothing is compiled any more.
 
+    Where `save` kept torch's compile caches in place of packages, these are filled, and the pipeline is put under
+    torch.compile with the same settings: its first steps still trace each phase, and compile it from there.
+
     The pipeline must be as it was then, weights included where they are part of the packages (`freezing`), and so must
     torch, diffusers, the processor and the number of threads. Images are generated for the height, width, batch and
     guidance it was saved for; gate, steps, seeds and schedulers may change.
 
-    The packages are native code, which is run: load only what you trust.
+    The packages are native code, which is run, and torch unpickles what is in its caches: load only what you trust.
 
     Args:
         pipe: a plain pipeline.
@@ -50,22 +54,38 @@ def load(pipe: Pipeline, path: str | Path, digest: str | None = None) -> Pipelin
     interval = schedule.deep_interval
     deepcache = None if interval is None else DeepCache(interval, contents["deepcache"], schedule.deep_order)
     network = _only_network(pipe, deepcache)
-    frozen = contents["weights"] is not None
     manifest.check_environment(contents, network.module)
-    if frozen:
-        manifest.check_parts("weights", contents, fingerprint.weights(network.module))
-    packages = _load_packages(path, contents, pinned=digest is not None)
-    phases = PackagedPhases(network.module, packages, contents["structure"], frozen=frozen)
-    beside = companions_of(pipe) if contents["gate_companions"] else []
-    companions = [GatedNetwork(companion, EagerPhases(companion)) for companion in beside]  # only phases are packaged
-    gated = Gated(pipe, schedule, [GatedNetwork(network, phases)], companions)
-    gated.attach(pipe)
+    make_phases = _from_packages if contents["caches"] is None else _from_caches
+    make = make_phases(network, path, contents, pinned=digest is not None)
+    attach(pipe, schedule, [network], contents["gate_companions"], make)
     try:
         manifest.check_parts("structure", contents, fingerprint.structure(network.module))
     except StateError:
-        gated.detach(pipe)
+        gated_of(pipe).detach(pipe)
         raise
     return pipe
+
+
+def _from_packages(
+    network: Network, path: Path, contents: dict[str, Any], *, pinned: bool
+) -> Callable[[Network], Phases]:
+    """Return what makes the phases of the denoiser from packages; companions, of which there are none, run eagerly."""
+    frozen = contents["weights"] is not None
+    if frozen:
+        manifest.check_parts("weights", contents, fingerprint.weights(network.module))
+    packages = _load_packages(path, contents, pinned=pinned)
+    phases = PackagedPhases(network.module, packages, contents["structure"], frozen=frozen)
+    return lambda each: phases if each is network else EagerPhases(each)
+
+
+def _from_caches(
+    network: Network, path: Path, contents: dict[str, Any], *, pinned: bool
+) -> Callable[[Network], Phases]:
+    """Return what makes the phases of a network under torch.compile, with its caches filled."""
+    file = path / caches.FILE
+    manifest.check_file(file, contents["caches"]["file"], by_sha256=pinned)
+    caches.fill(file)
+    return phases_with(CompileSettings(**contents["caches"]["settings"]))
 
 
 def _only_network(pipe: Any, deepcache: DeepCache | None) -> Network:

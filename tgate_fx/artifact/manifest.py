@@ -18,7 +18,7 @@ from . import fingerprint
 from .contents import check
 
 _FILE = "manifest.json"
-_FORMAT = 10
+_FORMAT = 11
 
 # The file of the weights that are part of the packages.
 WEIGHTS_FILE = "constants.bin"

@@ -91,7 +91,7 @@ class PackagedPhases(Phases):
         """Return that they were compiled ahead of time."""
         return "compiled ahead of time"
 
-    def inductor_options(self, device: torch.device) -> dict[str, Any]:
+    def inductor_options(self, device: torch.device) -> dict[str, Any] | None:
         """Raise `StateError`: they are compiled already."""
         raise StateError(
             "The pipeline was loaded from an artifact: expected one given to tgate_fx.compile. Copy the artifact, or "

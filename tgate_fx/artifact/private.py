@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import ctypes
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -32,6 +32,7 @@ _RETURN_CONSTANTS: Mapping[str, Any] = (
 _OPTIONS = {
     "aot_inductor.package": True,
     "aot_inductor.package_constants_in_so": False,
+    "aot_inductor.metadata": {},  # which torch writes to
     **_RETURN_CONSTANTS,
 }
 
@@ -81,6 +82,23 @@ def check_torch() -> None:
         )
 
 
+def caches_of_their_own() -> AbstractContextManager[None]:
+    """Context manager: ``torch.compiler.save_cache_artifacts`` gives what is compiled within, and nothing else.
+
+    Without the name: what else this process has compiled is among it, which takes space.
+    """
+    fresh: Callable[[], AbstractContextManager[None]] | None = find(
+        "torch.compiler._cache.CacheArtifactManager.with_fresh_cache"
+    )
+    return nullcontext() if fresh is None else fresh()
+
+
+def caches_are_on() -> bool:
+    """Return whether torch.compile reads its caches; without the names, it is taken to do so."""
+    on, off = find("torch._inductor.config.fx_graph_cache"), find("torch._inductor.config.force_disable_caches")
+    return on is not False and not off
+
+
 def _has(owner: str, name: str) -> bool:
     return hasattr(find(owner), name)
 
@@ -98,7 +116,9 @@ def compile_package(
         The package's constants, as (storage owner, view) by name.
     """
     with _constants_as_tensors():
-        made: Any = torch._inductor.aot_compile(graph, arguments, options={**options, **_OPTIONS})
+        # Left to itself torch would write its metadata to its configuration, by which its caches are keyed.
+        own = {**_OPTIONS, "aot_inductor.metadata": {}}
+        made: Any = torch._inductor.aot_compile(graph, arguments, options={**options, **own})
     (constants,) = [each for each in made if not isinstance(each, str)]
     find("torch._inductor.package").package_aoti(str(package), [each for each in made if isinstance(each, str)])
     return dict(constants)

@@ -11,11 +11,12 @@ import torch
 
 from ..compiled import private
 from ..errors import ArgumentError, CompileError, UnsupportedError
+from ..gated import Gated
 from ..network import Network
 from ..phase_graph import trace
 from ..phases import EagerPhases, Example
 from ..warmup import call_for, reach_every_phase
-from . import fingerprint, manifest
+from . import caches, fingerprint, manifest
 from . import private as aot
 from .packaged import signature_of, sorted_by_name, weights_of
 from .weights_file import WeightsWriter
@@ -31,6 +32,9 @@ def save(
     **inputs: Any,
 ) -> Path:
     """Compile a pipeline's phases ahead of time, and keep them for `load`. Nothing else may generate with it meanwhile.
+
+    Each phase becomes a package of native code. Where it cannot, under CUDA graphs (``mode="reduce-overhead"``),
+    ``regional=True`` or ``dynamic=True``, what torch's compile caches have of it is kept in its place.
 
     Args:
         pipe: a pipeline under `tgate_fx.compile`, with inductor.
@@ -58,34 +62,54 @@ def save(
         )
     network = gated.networks[0].network
     options = gated.networks[0].phases.inductor_options(gated.devices[0])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as made:
+        folder = Path(made) / "artifact"
+        folder.mkdir()
+        code = (
+            _packages(folder, pipe, gated, call, options) if options is not None else _caches(folder, pipe, gated, call)
+        )
+        contents = {
+            **manifest.environment(network.module),
+            "structure": fingerprint.structure(network.module),
+            "schedule": dataclasses.asdict(gated.schedule),
+            "deepcache": network.branch,
+            "gate_companions": bool(gated.companions),
+            **code,
+        }
+        manifest.write(folder, contents)
+        folder.rename(path)
+    return path
+
+
+def _packages(folder: Path, pipe: Any, gated: Gated, call: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """Write a package for each phase, and the weights that they hold; return the manifest's entries for them."""
+    network = gated.networks[0].network
     aot.check_torch()
     with gated.running_with(EagerPhases):
         reach_every_phase(pipe, gated, call, "looking at each phase")
     examples = list(gated.runs[0].examples.values())
     frozen = bool(options.get("freezing"))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as made:
-        folder = Path(made) / "artifact"
-        folder.mkdir()
-        with (folder / manifest.WEIGHTS_FILE).open("wb") as file:
-            writer = WeightsWriter(file, {} if frozen else weights_of(network.module))
-            phases = [
-                _compile(network, example, options, folder / f"{index}.pt2", writer)
-                for index, example in enumerate(examples)
-            ]
-        contents = {
-            **manifest.environment(network.module),
-            "structure": fingerprint.structure(network.module),
-            "weights": fingerprint.weights(network.module) if frozen else None,
-            "schedule": dataclasses.asdict(gated.schedule),
-            "deepcache": network.branch,
-            "gate_companions": bool(gated.companions),
-            "phases": phases,
-            "weights_file": manifest.describe_file(folder / manifest.WEIGHTS_FILE),
-        }
-        manifest.write(folder, contents)
-        folder.rename(path)
-    return path
+    with (folder / manifest.WEIGHTS_FILE).open("wb") as file:
+        writer = WeightsWriter(file, {} if frozen else weights_of(network.module))
+        phases = [
+            _compile(network, example, options, folder / f"{index}.pt2", writer)
+            for index, example in enumerate(examples)
+        ]
+    return {
+        "weights": fingerprint.weights(network.module) if frozen else None,
+        "phases": phases,
+        "weights_file": manifest.describe_file(folder / manifest.WEIGHTS_FILE),
+        "caches": None,
+    }
+
+
+def _caches(folder: Path, pipe: Any, gated: Gated, call: dict[str, Any]) -> dict[str, Any]:
+    """Write what torch's caches have of each phase; return the manifest's entries for that."""
+    settings = caches.settings_of(gated)
+    caches.write(folder / caches.FILE, pipe, gated, call, settings)
+    described = {"settings": settings, "file": manifest.describe_file(folder / caches.FILE)}
+    return {"weights": None, "phases": [], "weights_file": None, "caches": described}
 
 
 def _compile(

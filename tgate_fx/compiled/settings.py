@@ -93,25 +93,28 @@ class CompileSettings:
         """Return whether graphs on this device read their caches in place; frozen ones would hold them as constants."""
         return self.uses_cuda_graphs(device) and not self.freezes(device)
 
-    def ahead_of_time(self, device: torch.device) -> dict[str, Any]:
+    def ahead_of_time(self, device: torch.device) -> dict[str, Any] | None:
         """Return inductor's options for compiling ahead of time on this device.
 
+        None if code compiled so would not be what these settings ask for: a CUDA graph is recorded when it runs, and
+        regions and graphs of all sizes need torch.compile around them.
+
         Raises:
-            UnsupportedError: these settings are not for that.
+            UnsupportedError: nothing that these settings compile can be kept.
         """
-        given = {
-            f"backend={self.backend!r}": self.backend != "inductor",
-            "regional=True": self.regional,
-            "dynamic=True": bool(self.dynamic),
-            f"mode={self.mode!r}, whose CUDA graphs are recorded when it runs": self.uses_cuda_graphs(device),
-        }
-        for setting, refused in given.items():
-            if refused:
-                raise UnsupportedError(
-                    f"A pipeline compiled with {setting} cannot be saved: expected inductor, whole phases, one shape "
-                    "and no CUDA graphs. Compile it without that."
-                )
-        return options_with_mode(self.mode, self.options_for(device))
+        if self.backend != "inductor":
+            raise UnsupportedError(
+                f"A pipeline compiled with backend={self.backend!r} cannot be saved: expected inductor. Compile it "
+                "with that."
+            )
+        if not (self.regional or self.dynamic or self.uses_cuda_graphs(device)):
+            return options_with_mode(self.mode, self.options_for(device))
+        if self.freezes(device):
+            raise UnsupportedError(
+                f"A pipeline compiled with dynamic={self.dynamic!r} and freezing cannot be saved: expected one of "
+                'them, since frozen weights are kept in packages of one shape. Give options={"freezing": False}.'
+            )
+        return None
 
     def describe(self, device: torch.device) -> str:
         """Return the settings in force on this device, in words."""

@@ -128,7 +128,12 @@ class CompiledPhases(Phases):
         """Return whether graphs on this device read their cache in place."""
         return self._settings.needs_static_addresses(device)
 
-    def inductor_options(self, device: torch.device) -> dict[str, Any]:
+    @property
+    def given_settings(self) -> CompileSettings:
+        """What the pipeline was compiled with; quantized weights may need others."""
+        return self._given
+
+    def inductor_options(self, device: torch.device) -> dict[str, Any] | None:
         """Return inductor's options for compiling ahead of time; see `Phases`."""
         return self._settings.ahead_of_time(device)
 
