@@ -55,9 +55,12 @@ def load(pipe: Pipeline, path: str | Path, digest: str | None = None) -> Pipelin
     deepcache = None if interval is None else DeepCache(interval, contents["deepcache"], schedule.deep_order)
     network = _only_network(pipe, deepcache)
     manifest.check_environment(contents, network.module)
-    make_phases = _from_packages if contents["caches"] is None else _from_caches
-    make = make_phases(network, path, contents, pinned=digest is not None)
-    attach(pipe, schedule, [network], contents["gate_companions"], make)
+    pinned = digest is not None
+    if contents["caches"] is None:
+        make_phases = _from_packages(network, path, contents, pinned=pinned)
+    else:
+        make_phases = _from_caches(path / caches.FILE, contents["caches"], pinned=pinned)
+    attach(pipe, schedule, [network], contents["gate_companions"], make_phases)
     try:
         manifest.check_parts("structure", contents, fingerprint.structure(network.module))
     except StateError:
@@ -69,7 +72,7 @@ def load(pipe: Pipeline, path: str | Path, digest: str | None = None) -> Pipelin
 def _from_packages(
     network: Network, path: Path, contents: dict[str, Any], *, pinned: bool
 ) -> Callable[[Network], Phases]:
-    """Return what makes the phases of the denoiser from packages; companions, of which there are none, run eagerly."""
+    """Return what makes the phases of the denoiser from packages; companions have none, and run eagerly."""
     frozen = contents["weights"] is not None
     if frozen:
         manifest.check_parts("weights", contents, fingerprint.weights(network.module))
@@ -78,14 +81,11 @@ def _from_packages(
     return lambda each: phases if each is network else EagerPhases(each)
 
 
-def _from_caches(
-    network: Network, path: Path, contents: dict[str, Any], *, pinned: bool
-) -> Callable[[Network], Phases]:
+def _from_caches(file: Path, said: dict[str, Any], *, pinned: bool) -> Callable[[Network], Phases]:
     """Return what makes the phases of a network under torch.compile, with its caches filled."""
-    file = path / caches.FILE
-    manifest.check_file(file, contents["caches"]["file"], by_sha256=pinned)
+    manifest.check_file(file, said["file"], by_sha256=pinned)
     caches.fill(file)
-    return phases_with(CompileSettings(**contents["caches"]["settings"]))
+    return phases_with(CompileSettings(**said["settings"]))
 
 
 def _only_network(pipe: Any, deepcache: DeepCache | None) -> Network:
