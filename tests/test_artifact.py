@@ -31,6 +31,7 @@ from tests.conftest import CountingBackend
 from tests.test_compile import relative_error
 from tests.test_frozen_weights import Scaled
 from tests.test_refusals import says
+from tests.zoo import wan
 from tgate_fx.artifact import fingerprint, weights_file
 from tgate_fx.artifact import manifest as manifest_module
 from tgate_fx.artifact.contents import check
@@ -589,6 +590,47 @@ def test_where_phases_cannot_be_packages_torchs_caches_are_kept(
     (path / "caches.bin").write_bytes(b"")
     with pytest.raises(tgate_fx.StateError, match=says("caches.bin", "not as it was written")):
         tgate_fx.load(made(), path)
+
+
+@pytest.mark.slow
+@pytest.mark.inductor
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.*:FutureWarning")  # by torch itself
+def test_a_video(tmp_path: Path) -> None:
+    """Its pipeline leaves a registry of hooks on the denoiser, and guides in separate calls."""
+    entry = next(entry for entry in wan.ENTRIES if entry.pipeline == "WanPipeline")
+    call = entry.inputs()
+    for name in ("num_inference_steps", "generator", "output_type"):
+        del call[name]
+    path = tgate_fx.save(tgate_fx.compile(entry.make(), gate_step=2), tmp_path / "artifact", **call)
+    expected = entry.run(tgate_fx.gate(entry.make(), gate_step=2))
+    pipe = tgate_fx.load(entry.make(), path)
+    for _ in range(2):
+        assert relative_error(entry.run(pipe), expected) < 1e-4
+    assert tgate_fx.report(pipe).compiled_graphs == 0
+
+
+@pytest.mark.slow
+@pytest.mark.inductor
+def test_caches_of_two_denoisers(tmp_path: Path) -> None:
+    entry = next(entry for entry in wan.ENTRIES if entry.pipeline == "WanPipeline 2.2 14B")
+    call = {name: value for name, value in entry.inputs().items() if name not in ("num_inference_steps", "generator")}
+    del call["output_type"]
+    pipe = tgate_fx.compile(entry.make(), gate_step=2, regional=True)
+    path = tgate_fx.save(pipe, tmp_path / "artifact", **call)
+    expected = entry.run(pipe)
+    assert relative_error(entry.run(tgate_fx.load(entry.make(), path)), expected) < 1e-5
+    plain = entry.make()
+    plain.transformer_2.blocks[0].attn2.scale = 1.0
+    with pytest.raises(tgate_fx.StateError, match=says("structure: transformer_2.blocks.0.attn2 changed")):
+        tgate_fx.load(plain, path)
+
+
+def test_packages_are_of_one_denoiser(tmp_path: Path) -> None:
+    entry = next(entry for entry in wan.ENTRIES if entry.pipeline == "WanPipeline 2.2 14B")
+    pipe = tgate_fx.compile(entry.make(), gate_step=2)
+    with pytest.raises(tgate_fx.UnsupportedError, match=says("transformer and transformer_2", "regional=True")):
+        tgate_fx.save(pipe, tmp_path / "artifact", prompt="a cat")
+    assert not list(tmp_path.iterdir())
 
 
 def of_caches() -> dict[str, Any]:

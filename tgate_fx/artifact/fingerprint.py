@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from diffusers.hooks.hooks import HookRegistry
 from torch import nn
 
 from ..compiled.checksum import checksum
@@ -51,8 +52,15 @@ def differences(saved: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
 
 
 def _own(module: nn.Module) -> dict[str, Any]:
-    """Return a module's attributes, without a forward that is its class's, or tgate_fx's in place of its class's."""
-    return {name: value for name, value in vars(module).items() if not _is_class_forward(_beneath(value), module)}
+    """Return a module's attributes, without a forward that is its class's, or tgate_fx's in place of its class's.
+
+    And without a registry of no hooks, which diffusers' pipelines leave on a model after their first generation.
+    """
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if not _is_class_forward(_beneath(value), module) and not (isinstance(value, HookRegistry) and not value.hooks)
+    }
 
 
 def _beneath(value: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from ..compiled.settings import CompileSettings
 from ..deepcache import DeepCache
-from ..errors import StateError, UnsupportedError
+from ..errors import StateError
 from ..gated import check_not_gated, gated_of
 from ..network import Network, networks_of
 from ..phases import EagerPhases, Phases
@@ -16,7 +16,7 @@ from ..pipeline import attach, phases_with
 from ..roles import Role, Roles
 from . import caches, fingerprint, manifest, private, weights_file
 from .contents import schedule_of
-from .packaged import Package, PackagedPhases
+from .packaged import Package, PackagedPhases, only_network
 
 Pipeline = TypeVar("Pipeline")
 
@@ -53,16 +53,16 @@ def load(pipe: Pipeline, path: str | Path, digest: str | None = None) -> Pipelin
     schedule = schedule_of(contents["schedule"])
     interval = schedule.deep_interval
     deepcache = None if interval is None else DeepCache(interval, contents["deepcache"], schedule.deep_order)
-    network = _only_network(pipe, deepcache)
-    manifest.check_environment(contents, network.module)
+    networks = networks_of(pipe, deepcache)
+    manifest.check_environment(contents, networks)
     pinned = digest is not None
     if contents["caches"] is None:
-        make_phases = _from_packages(network, path, contents, pinned=pinned)
+        make_phases = _from_packages(only_network(networks), path, contents, pinned=pinned)
     else:
         make_phases = _from_caches(path / caches.FILE, contents["caches"], pinned=pinned)
-    attach(pipe, schedule, [network], contents["gate_companions"], make_phases)
+    attach(pipe, schedule, networks, contents["gate_companions"], make_phases)
     try:
-        manifest.check_parts("structure", contents, fingerprint.structure(network.module))
+        manifest.check_parts("structure", contents, manifest.structure(networks))
     except StateError:
         gated_of(pipe).detach(pipe)
         raise
@@ -86,16 +86,6 @@ def _from_caches(file: Path, said: dict[str, Any], *, pinned: bool) -> Callable[
     manifest.check_file(file, said["file"], by_sha256=pinned)
     caches.fill(file)
     return phases_with(CompileSettings(**said["settings"]))
-
-
-def _only_network(pipe: Any, deepcache: DeepCache | None) -> Network:
-    networks = networks_of(pipe, deepcache)
-    if len(networks) > 1:
-        raise UnsupportedError(
-            f"This {type(pipe).__name__} has two denoisers: expected one, whose phases an artifact holds. Use "
-            "tgate_fx.compile."
-        )
-    return networks[0]
 
 
 def _load_packages(path: Path, contents: dict[str, Any], *, pinned: bool) -> dict[Roles, list[Package]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 from ..compiled.checksum import checksum
 from ..compiled.cpu import processor
 from ..errors import StateError
+from ..network import Network
 from . import fingerprint
 from .contents import check
 
@@ -24,14 +26,26 @@ _FORMAT = 11
 WEIGHTS_FILE = "constants.bin"
 
 
-def environment(denoiser: nn.Module) -> dict[str, Any]:
-    """Return what compiled code depends on beside the model's parts: versions, processor, configuration."""
+def environment(networks: Sequence[Network]) -> dict[str, Any]:
+    """Return what compiled code depends on beside the models' parts: versions, processor, configuration."""
     return {
         "torch": str(torch.__version__),
         "diffusers": importlib.metadata.version("diffusers"),
-        "processor": processor(next(denoiser.parameters()).device),
-        "model": _model(denoiser),
+        "processor": processor(next(networks[0].module.parameters()).device),
+        "model": _of_each(networks, _model),
     }
+
+
+def structure(networks: Sequence[Network]) -> dict[str, str]:
+    """Return what tells denoisers from others, but for their weights' values: see `fingerprint.structure`."""
+    return _of_each(networks, fingerprint.structure)
+
+
+def _of_each(networks: Sequence[Network], describe: Callable[[nn.Module], dict[str, str]]) -> dict[str, str]:
+    """Return the description of a denoiser, or of several under their attributes' names."""
+    if len(networks) == 1:
+        return describe(networks[0].module)
+    return {f"{each.attribute}.{name}": text for each in networks for name, text in describe(each.module).items()}
 
 
 def write(folder: Path, contents: dict[str, Any]) -> None:
@@ -89,9 +103,9 @@ def _digest(contents: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
 
 
-def check_environment(contents: dict[str, Any], denoiser: nn.Module) -> None:
+def check_environment(contents: dict[str, Any], networks: Sequence[Network]) -> None:
     """Raise `StateError` where torch, diffusers, the processor or the model's configuration is another."""
-    for what, now in environment(denoiser).items():
+    for what, now in environment(networks).items():
         saved, here = ({"version": each} if isinstance(each, str) else each for each in (contents[what], now))
         for name in fingerprint.differences(saved, here):
             raise StateError(

@@ -11,8 +11,9 @@ from torch import nn
 
 from ..compiled.frozen_weights import FrozenWeights
 from ..compiled.guard_policy import check_no_global_hooks, runs_only_known_code
-from ..errors import StateError
+from ..errors import StateError, UnsupportedError
 from ..inputs import canonical, latents_of, tensors_in
+from ..network import Network
 from ..phase_graph import DENOISER
 from ..phases import Phases
 from ..roles import Roles
@@ -166,6 +167,17 @@ class PackagedPhases(Phases):
                 for package in several:
                     package.loaded.share_weights({**tensors, **package.weights})
             self._shared = addresses
+
+
+def only_network(networks: Sequence[Network]) -> Network:
+    """Return the denoiser of a pipeline that has one; raise `UnsupportedError` if it has several."""
+    if len(networks) > 1:
+        names = " and ".join(each.attribute for each in networks)
+        raise UnsupportedError(
+            f"This pipeline has the denoisers {names}: expected one, of which packages are made. Compile it with a "
+            "mode for CUDA graphs, or with regional=True, of which torch's compile caches can be kept."
+        )
+    return networks[0]
 
 
 def weights_of(denoiser: nn.Module) -> dict[str, torch.Tensor]:

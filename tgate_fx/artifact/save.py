@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..compiled import private
-from ..errors import ArgumentError, CompileError, UnsupportedError
+from ..errors import ArgumentError, CompileError
 from ..gated import Gated
 from ..network import Network
 from ..phase_graph import trace
@@ -18,7 +18,7 @@ from ..phases import EagerPhases, Example
 from ..warmup import call_for, reach_every_phase
 from . import caches, fingerprint, manifest
 from . import private as aot
-from .packaged import signature_of, sorted_by_name, weights_of
+from .packaged import only_network, signature_of, sorted_by_name, weights_of
 from .weights_file import WeightsWriter
 
 
@@ -55,12 +55,7 @@ def save(
     if path.exists():
         raise ArgumentError(f"{path} already exists: expected a new directory. Remove it, or choose another path.")
     gated, call = call_for(pipe, height, width, batch_size, inputs)
-    if len(gated.networks) > 1:
-        raise UnsupportedError(
-            f"This {type(pipe).__name__} has two denoisers: expected one, whose phases an artifact holds. Use "
-            "tgate_fx.warmup in every process."
-        )
-    network = gated.networks[0].network
+    networks = [each.network for each in gated.networks]
     options = gated.networks[0].phases.inductor_options(gated.devices[0])
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as made:
@@ -70,10 +65,10 @@ def save(
             _packages(folder, pipe, gated, call, options) if options is not None else _caches(folder, pipe, gated, call)
         )
         contents = {
-            **manifest.environment(network.module),
-            "structure": fingerprint.structure(network.module),
+            **manifest.environment(networks),
+            "structure": manifest.structure(networks),
             "schedule": dataclasses.asdict(gated.schedule),
-            "deepcache": network.branch,
+            "deepcache": networks[0].branch,
             "gate_companions": bool(gated.companions),
             **code,
         }
@@ -84,7 +79,7 @@ def save(
 
 def _packages(folder: Path, pipe: Any, gated: Gated, call: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     """Write a package for each phase, and the weights that they hold; return the manifest's entries for them."""
-    network = gated.networks[0].network
+    network = only_network([each.network for each in gated.networks])
     aot.check_torch()
     with gated.running_with(EagerPhases):
         reach_every_phase(pipe, gated, call, "looking at each phase")
