@@ -1,10 +1,11 @@
 """From the start of a process to its first image: compiled from nothing, from torch's caches, and ahead of time.
 
     python -m benchmarks.cold_start --arch sd15 --size 32
+    python -m benchmarks.cold_start --device cuda --arch sdxl --size 128 --steps 25 --gate-step 10
 
 Each way runs in new processes; the clock starts before the process does, and the process imports everything, loads the
 weights of denoiser and VAE from files, and makes two pictures from embedded prompts. Writes
-benchmarks/results/cold_start.json.
+benchmarks/results/cold_start.json, or cold_start-cuda.json.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import numpy as np
@@ -24,64 +25,95 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-RESULTS = Path(__file__).parent / "results" / "cold_start.json"
-# What each way does, in the order in which they run; "cached" finds what "compiled" has left in torch's caches.
-WAYS = {
-    "eager": "gated, eager",
-    "compiled": "compiled from nothing",
-    "cached": "compiled with torch's caches filled",
-    "save": "tgate_fx.save",
-    "loaded": "tgate_fx.load",
-    "regional": "regional, from nothing",
-    "regional-cached": "regional with torch's caches filled",
-    "unfrozen": "compiled without freezing, from nothing",
+import tgate_fx
+from tgate_fx.bench.machine import machine, peak_gib
+from tgate_fx.bench.workload import Workload
+
+RESULTS = Path(__file__).parent / "results"
+
+
+class Way(NamedTuple):
+    """One way to a first image.
+
+    Attributes:
+        what: in words.
+        settings: for `tgate_fx.compile`; None for `tgate_fx.gate`.
+        does: "compile", "save" or "load".
+        finds: the way that ran before, whose caches of torch's or whose artifact it finds.
+    """
+
+    what: str
+    settings: dict[str, Any] | None
+    does: str = "compile"
+    finds: str | None = None
+
+
+_REGIONAL: dict[str, Any] = {"regional": True}
+_GRAPHS: dict[str, Any] = {"mode": "reduce-overhead"}
+_WAYS = {
+    "eager": Way("gated, eager", None),
+    "compiled": Way("compiled from nothing", {}),
+    "cached": Way("compiled with torch's caches filled", {}, finds="compiled"),
+    "save": Way("tgate_fx.save", {}, "save"),
+    "loaded": Way("tgate_fx.load", {}, "load", "save"),
+    "regional": Way("regional, from nothing", _REGIONAL),
+    "regional-cached": Way("regional with torch's caches filled", _REGIONAL, finds="regional"),
+    "regional-save": Way("tgate_fx.save of regions", _REGIONAL, "save"),
+    "regional-loaded": Way("tgate_fx.load of regions", _REGIONAL, "load", "regional-save"),
+    "unfrozen": Way("compiled without freezing, from nothing", {"options": {"freezing": False}}),
+    "graphs": Way("CUDA graphs, from nothing", _GRAPHS),
+    "graphs-cached": Way("CUDA graphs with torch's caches filled", _GRAPHS, finds="graphs"),
+    "graphs-save": Way("tgate_fx.save of CUDA graphs", _GRAPHS, "save"),
+    "graphs-loaded": Way("tgate_fx.load of CUDA graphs", _GRAPHS, "load", "graphs-save"),
 }
+_ONLY_ON = {
+    "unfrozen": "cpu",
+    "graphs": "cuda",
+    "graphs-cached": "cuda",
+    "graphs-save": "cuda",
+    "graphs-loaded": "cuda",
+}
+_DTYPES = {"cpu": "float32", "cuda": "float16"}
 
-_FINDS_CACHES_OF = {"cached": "compiled", "regional-cached": "regional"}
 
-
-def child(way: str, arch: str, size: int, steps: int, gate: int, work: Path, started: float) -> None:
+def child(way: Way, name: str, workload: Workload, work: Path, started: float) -> None:
     """One process: print what it measured as JSON."""
     times: dict[str, Any] = {}
 
-    def mark(name: str) -> None:
-        times[name] = time.time() - started
+    def mark(what: str) -> None:
+        times[what] = time.time() - started
 
-    import tgate_fx
-    from tgate_fx.bench.machine import peak_gib
-    from tgate_fx.bench.workload import Workload
-
-    workload = Workload(arch, size, steps, (gate,), "float32")
     pipe = workload.pipeline(work / "denoiser.pt")
-    pipe.register_modules(vae=load_vae(work / "vae"))
+    pipe.register_modules(vae=load_vae(work / "vae").to(workload.device, workload.torch_dtype))
     mark("pipeline")
-    if way == "eager":
+    (gate,) = workload.gates
+    if way.does == "load":
+        tgate_fx.load(pipe, work / f"artifact-{way.finds}")
+    elif way.settings is None:
         tgate_fx.gate(pipe, gate_step=gate)
-    elif way == "loaded":
-        tgate_fx.load(pipe, work / "artifact")
     else:
-        options = {"freezing": False} if way == "unfrozen" else None
-        tgate_fx.compile(pipe, gate_step=gate, regional=way.startswith("regional"), options=options)
-    if way == "save":
-        tgate_fx.save(pipe, work / "artifact", **workload.inputs)
+        tgate_fx.compile(pipe, gate_step=gate, **way.settings)
+    if way.does == "save":
+        artifact = tgate_fx.save(pipe, work / f"artifact-{name}", **workload.inputs)
         mark("saved")
-        files = [path for path in (work / "artifact").rglob("*") if path.is_file()]
+        files = [path for path in artifact.rglob("*") if path.is_file()]
         times["artifact_gib"] = sum(path.stat().st_size for path in files) / 2**30
     else:
-        for name in ("first", "second"):
+        for image in ("first", "second"):
             begun = time.perf_counter()
-            latents = workload.latents(pipe, steps)
+            latents = workload.latents(pipe, workload.steps)
+            on_cpu = latents.float().cpu().numpy()  # which waits for a GPU
             denoised = time.perf_counter()
-            picture(pipe, latents).save(work / f"{way}.png")
-            times[f"{name}_image_seconds"] = time.perf_counter() - begun
-            times[f"{name}_decoding_seconds"] = time.perf_counter() - denoised
-            mark(f"{name}_image")
+            picture(pipe, latents).save(work / f"{name}.png")
+            times[f"{image}_image_seconds"] = time.perf_counter() - begun
+            times[f"{image}_decoding_seconds"] = time.perf_counter() - denoised
+            mark(f"{image}_image")
         report = tgate_fx.report(pipe)
         for phase in ("pre-gate", "post-gate"):
             times[phase] = min(step.seconds for step in report.steps if step.phase == phase)
         times["graphs"] = report.compiled_graphs
-        np.save(work / f"{way}.npy", latents.numpy())
-    times["peak_gib"] = peak_gib("cpu")
+        np.save(work / f"{name}.npy", on_cpu)
+    times["peak_gib"] = peak_gib(workload.device)
     print("measured:" + json.dumps(times))
 
 
@@ -114,11 +146,12 @@ def picture(pipe: Any, latents: torch.Tensor) -> Any:
     return pipe.image_processor.postprocess(image, output_type="pil")[0]
 
 
-def run(way: str, options: list[str], work: Path) -> dict[str, Any]:
+def run(name: str, options: list[str], work: Path) -> dict[str, Any]:
     """Run one way in a process of its own, with torch's caches of its kind."""
-    cache = work / f"cache-{_FINDS_CACHES_OF.get(way, way)}"
+    way = _WAYS[name]
+    cache = work / f"cache-{way.finds if way.does == 'compile' and way.finds else name}"
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache), "TMPDIR": str(work)}
-    command = [sys.executable, "-m", "benchmarks.cold_start", *options, "--work", str(work), "--way", way]
+    command = [sys.executable, "-m", "benchmarks.cold_start", *options, "--work", str(work), "--way", name]
     result = subprocess.run(
         [*command, "--started", str(time.time())], env=environment, capture_output=True, text=True, check=False
     )
@@ -126,39 +159,42 @@ def run(way: str, options: list[str], work: Path) -> dict[str, Any]:
         if line.startswith("measured:"):
             measured: dict[str, Any] = json.loads(line.removeprefix("measured:"))
             return measured
-    raise SystemExit(f"{way} failed:\n{result.stderr[-3000:]}")
+    raise SystemExit(f"{name} failed:\n{result.stderr[-3000:]}")
 
 
 @click.command()
 @click.option("--arch", default="sd15", show_default=True)
+@click.option("--device", type=click.Choice(sorted(_DTYPES)), default="cpu", show_default=True)
 @click.option("--size", default=32, show_default=True, help="Latents per side.")
 @click.option("--steps", default=6, show_default=True)
 @click.option("--gate-step", "gate", default=3, show_default=True)
 @click.option(
     "--work", type=click.Path(path_type=Path), help="Where weights and artifacts go; a new folder if left out."
 )
-@click.option("--way", type=click.Choice(list(WAYS)), hidden=True)
+@click.option("--way", "name", type=click.Choice(list(_WAYS)), hidden=True)
 @click.option("--started", type=float, default=0.0, hidden=True)
-def main(arch: str, size: int, steps: int, gate: int, work: Path | None, way: str | None, started: float) -> None:
+def main(
+    arch: str, device: str, size: int, steps: int, gate: int, work: Path | None, name: str | None, started: float
+) -> None:
     """Measure cold starts."""
-    if way is not None:
+    workload = Workload(arch, size, steps, (gate,), _DTYPES[device], device)
+    if name is not None:
         assert work is not None
-        child(way, arch, size, steps, gate, work, started)
+        child(_WAYS[name], name, workload, work, started)
         return
-    from tgate_fx.bench.machine import machine
-    from tgate_fx.bench.workload import Workload
-
-    options = ["--arch", arch, "--size", str(size), "--steps", str(steps), "--gate-step", str(gate)]
+    options = ["--arch", arch, "--device", device, "--size", str(size), "--steps", str(steps), "--gate-step", str(gate)]
     with tempfile.TemporaryDirectory(dir=work) as folder:
         place = Path(folder)
-        Workload(arch, size, steps, (gate,), "float32").save_denoiser(place / "denoiser.pt")
+        workload.save_denoiser(place / "denoiser.pt")
         save_vae(place / "vae")
         measured = {}
-        for each in WAYS:
-            print(f"{WAYS[each]} ...", flush=True)
+        for each, way in _WAYS.items():
+            if _ONLY_ON.get(each, device) != device:
+                continue
+            print(f"{way.what} ...", flush=True)
             measured[each] = run(each, options, place)
             print(json.dumps(measured[each]), flush=True)
-            if each not in ("eager", "save"):
+            if way.does != "save" and each != "eager":
                 expected, got = np.load(place / "eager.npy"), np.load(place / f"{each}.npy")
                 measured[each]["error"] = float(np.abs(got - expected).max() / np.abs(expected).max())
     compiling = measured["compiled"]["first_image_seconds"] - measured["compiled"]["second_image_seconds"]
@@ -170,16 +206,17 @@ def main(arch: str, size: int, steps: int, gate: int, work: Path | None, way: st
         "cold_compile_seconds": compiling,
         "loaded_share": measured["loaded"]["first_image"] / compiling,
         "ways": measured,
-        "machine": machine(),
+        "machine": machine(device),
     }
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    file = "cold_start.json" if device == "cpu" else f"cold_start-{device}.json"
+    (RESULTS / file).write_text(json.dumps(result, indent=1) + "\n")
     table = Table(title=f"{arch}, {size}x{size} latents, {steps} steps, gate {gate}")
     for heading in ("", "first image after s", "second image s", "pre-gate step s", "post-gate step s", "GiB"):
         table.add_column(heading)
     for each, times in measured.items():
-        if each != "save":
+        if _WAYS[each].does != "save":
             columns = (times["first_image"], times["second_image_seconds"], times["pre-gate"], times["post-gate"])
-            table.add_row(WAYS[each], *[f"{value:.2f}" for value in columns], f"{times['peak_gib']:.1f}")
+            table.add_row(_WAYS[each].what, *[f"{value:.2f}" for value in columns], f"{times['peak_gib']:.1f}")
     Console().print(table)
     print(f"cold compile {compiling:.0f} s; loaded to the first image: {result['loaded_share']:.2f} of that")
 
