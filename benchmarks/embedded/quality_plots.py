@@ -24,7 +24,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
     main = [row for row in result["points"] if (row["scheduler"], row["guidance_scale"]) == ("DPM-Solver++", 7.5)]
     ungated = next(row for row in main if row["rule"] == "ungated")
-    figure, axes = plt.subplots(1, 2, figsize=(13, 4.8), constrained_layout=True)
+    figure, axes = plt.subplots(1, 2, figsize=(13, 5.6), constrained_layout=True)
     for rule, label in _NAMES.items():
         rows = [row for row in main if row["rule"] == rule and isinstance(row["gate"], int)]
         if not rows:
@@ -47,5 +47,5 @@ def plot(result: dict[str, Any], path: Path) -> None:
     axes[1].set(ylabel="dB to the ungated picture")
     for axis in axes:
         axis.set(xlabel="rows of the denoiser's batch a step")
-    axes[0].legend(fontsize=8)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(path, dpi=100)
