@@ -447,18 +447,16 @@ def test_artifacts_are_refused_before_anything_is_done(
     assert torch.isfinite(tiny.latents(pipe, **KWARGS)).all()
 
 
-def test_without_their_names_caches_are_kept_whole_and_taken_to_be_on(
-    take: Take, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_their_names_caches_are_kept_whole_and_taken_to_be_on(take: Take) -> None:
     assert aot.caches_are_on()
-    monkeypatch.setattr(torch._inductor.config, "fx_graph_cache", False)
-    assert not aot.caches_are_on()
     assert not isinstance(aot.caches_of_their_own(), nullcontext)
-    take("torch._inductor.config.fx_graph_cache")
-    take("torch._inductor.config.force_disable_caches")
-    take("torch.compiler._cache.CacheArtifactManager.with_fresh_cache")
-    assert aot.caches_are_on()
-    assert isinstance(aot.caches_of_their_own(), nullcontext)
+    with torch._inductor.config.patch(fx_graph_cache=False):
+        assert not aot.caches_are_on()
+        take("torch._inductor.config.fx_graph_cache")
+        take("torch._inductor.config.force_disable_caches")
+        take("torch.compiler._cache.CacheArtifactManager.with_fresh_cache")
+        assert aot.caches_are_on()
+        assert isinstance(aot.caches_of_their_own(), nullcontext)
 
 
 def names_of(door: types.ModuleType) -> set[str]:

