@@ -40,12 +40,14 @@ class Way(NamedTuple):
         settings: for `tgate_fx.compile`; None for `tgate_fx.gate`.
         does: "compile", "save" or "load".
         finds: the way that ran before, whose caches of torch's or whose artifact it finds.
+        only_on: the device that it is for; None for every one.
     """
 
     what: str
     settings: dict[str, Any] | None
     does: str = "compile"
     finds: str | None = None
+    only_on: str | None = None
 
 
 _REGIONAL: dict[str, Any] = {"regional": True}
@@ -60,18 +62,11 @@ _WAYS = {
     "regional-cached": Way("regional with torch's caches filled", _REGIONAL, finds="regional"),
     "regional-save": Way("tgate_fx.save of regions", _REGIONAL, "save"),
     "regional-loaded": Way("tgate_fx.load of regions", _REGIONAL, "load", "regional-save"),
-    "unfrozen": Way("compiled without freezing, from nothing", {"options": {"freezing": False}}),
-    "graphs": Way("CUDA graphs, from nothing", _GRAPHS),
-    "graphs-cached": Way("CUDA graphs with torch's caches filled", _GRAPHS, finds="graphs"),
-    "graphs-save": Way("tgate_fx.save of CUDA graphs", _GRAPHS, "save"),
-    "graphs-loaded": Way("tgate_fx.load of CUDA graphs", _GRAPHS, "load", "graphs-save"),
-}
-_ONLY_ON = {
-    "unfrozen": "cpu",
-    "graphs": "cuda",
-    "graphs-cached": "cuda",
-    "graphs-save": "cuda",
-    "graphs-loaded": "cuda",
+    "unfrozen": Way("compiled without freezing, from nothing", {"options": {"freezing": False}}, only_on="cpu"),
+    "graphs": Way("CUDA graphs, from nothing", _GRAPHS, only_on="cuda"),
+    "graphs-cached": Way("CUDA graphs with torch's caches filled", _GRAPHS, finds="graphs", only_on="cuda"),
+    "graphs-save": Way("tgate_fx.save of CUDA graphs", _GRAPHS, "save", only_on="cuda"),
+    "graphs-loaded": Way("tgate_fx.load of CUDA graphs", _GRAPHS, "load", "graphs-save", "cuda"),
 }
 _DTYPES = {"cpu": "float32", "cuda": "float16"}
 
@@ -189,7 +184,7 @@ def main(
         save_vae(place / "vae")
         measured = {}
         for each, way in _WAYS.items():
-            if _ONLY_ON.get(each, device) != device:
+            if way.only_on not in (None, device):
                 continue
             print(f"{way.what} ...", flush=True)
             measured[each] = run(each, options, place)

@@ -154,17 +154,26 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a small red circle in the centre on a plain white background\n\n")
     monkeypatch.setattr(measure, "_GATES", (0.5,))
+    generate = measure._generate
+
+    def by_rows(pipe: Any, *args: Any) -> tuple[torch.Tensor, float]:
+        """Rows of the denoiser in place of seconds, which depend on what else the machine does."""
+        images, _ = generate(pipe, *args)
+        return images, float(sum(step.batch for step in tgate_fx.report(pipe).steps))
+
+    monkeypatch.setattr(measure, "_generate", by_rows)
     out, picture = tmp_path / "tune.json", tmp_path / "tune.png"
     options = ("--prompts", prompts, "--steps", "4", "--json", out, "--plot", picture, "--psnr", "1", "--ssim", "0")
     assert run(monkeypatch, "tune", *options) == 0
     written = json.loads(out.read_text())
+    assert written["recommended"]
     assert len(written["trials"]) == 1 + len(measure._RULES) + 1  # the ungated one, and the early gate
     assert any("full_steps" in trial["setting"] for trial in written["trials"])
     assert not any(trial["refused"] for trial in written["trials"])
     assert picture.stat().st_size > 1000
     fastest = max(written["trials"], key=lambda trial: trial["speed_up"])["setting"]
     assert written["recommended"] == fastest
-    assert re.search(rf"for 1 dB and SSIM 0: {'gate_step=' if fastest else 'ungated'}", capsys.readouterr().out)
+    assert re.search(r"for 1 dB and SSIM 0: .*gate_step=0\.[25]", capsys.readouterr().out)
 
 
 def test_what_is_refused() -> None:

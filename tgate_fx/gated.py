@@ -215,9 +215,10 @@ class Gated:
     def running_with(self, make_phases: Callable[[Network], Phases]) -> Iterator[None]:
         """Context manager: what this makes for each network runs its phases."""
         own = [each.phases for each in self.all]
-        for each in self.all:
-            each.phases = make_phases(each.network)
         try:
+            for each in self.all:
+                each.phases = make_phases(each.network)
+                each.phases.attach()
             yield
         finally:
             for each, phases in zip(self.all, own, strict=True):

@@ -5,7 +5,6 @@ A process that loads it traces each phase again, and finds all that it would com
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,10 @@ from ..compiled.settings import CompileSettings
 from ..compiled.variant import CompiledPhases
 from ..errors import StateError, UnsupportedError
 from ..gated import Gated
-from ..network import Network
-from ..phases import Phases
 from ..pipeline import phases_with
 from ..warmup import reach_every_phase
 from . import private
+from .contents import is_plain
 
 FILE = "caches.bin"
 
@@ -28,13 +26,13 @@ def settings_of(gated: Gated) -> dict[str, Any]:
     """Return what a pipeline was compiled with, as a manifest has it.
 
     Raises:
-        UnsupportedError: an option that JSON does not have, or quantized weights, whose settings are others.
+        UnsupportedError: an option that a manifest cannot hold.
     """
     phases = gated.networks[0].phases
     assert isinstance(phases, CompiledPhases)
     settings = phases.given_settings
     options = dict(settings.options or {})
-    unknown = [name for name, value in options.items() if not isinstance(value, (bool, int, float, str, type(None)))]
+    unknown = [name for name, value in options.items() if not is_plain(value)]
     if unknown:
         raise UnsupportedError(
             f"A pipeline compiled with options[{unknown[0]!r}]={options[unknown[0]]!r} cannot be saved: expected text, "
@@ -55,7 +53,7 @@ def write(file: Path, pipe: Any, gated: Gated, call: dict[str, Any], settings: d
         UnsupportedError: torch has cached nothing.
         CompileError: a phase could not be compiled.
     """
-    with private.caches_of_their_own(), gated.running_with(_attached(phases_with(CompileSettings(**settings)))):
+    with private.caches_of_their_own(), gated.running_with(phases_with(CompileSettings(**settings))):
         reach_every_phase(pipe, gated, call, "compiling")
         saved = torch.compiler.save_cache_artifacts()
     if saved is None or not saved[1].inductor_artifacts:
@@ -64,15 +62,6 @@ def write(file: Path, pipe: Any, gated: Gated, call: dict[str, Any], settings: d
             "TORCHINDUCTOR_FORCE_DISABLE_CACHES, or use tgate_fx.compile and tgate_fx.warmup in every process."
         )
     file.write_bytes(saved[0])
-
-
-def _attached(make: Callable[[Network], Phases]) -> Callable[[Network], Phases]:
-    def made(network: Network) -> Phases:
-        phases = make(network)
-        phases.attach()
-        return phases
-
-    return made
 
 
 def fill(file: Path) -> None:

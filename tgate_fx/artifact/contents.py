@@ -151,15 +151,17 @@ def _is_caches(value: Any) -> bool:
     )
 
 
+def is_plain(value: Any) -> bool:
+    """Return whether a manifest can hold this as the value of an option of torch.compile's."""
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
 def _is_settings(value: Any) -> bool:
     """Return whether torch.compile may be given these."""
     if not isinstance(value, dict) or set(value) != {"mode", "dynamic", "options", "regional"}:
         return False
     options, mode = value["options"], value["mode"]
-    plain = options is None or (
-        isinstance(options, dict)
-        and all(isinstance(each, (bool, int, float, str, type(None))) for each in options.values())
-    )
+    plain = options is None or (isinstance(options, dict) and all(map(is_plain, options.values())))
     named = mode is None or (isinstance(mode, str) and options is None)
     return plain and named and isinstance(value["regional"], bool) and value["dynamic"] in (None, True, False)
 

@@ -55,17 +55,13 @@ def _own(module: nn.Module) -> dict[str, Any]:
 
     And without a registry of no hooks, which diffusers' pipelines leave on a model after their first generation.
     """
+    from diffusers.hooks.hooks import HookRegistry  # takes seconds to import, which are spent once there is a model
+
     return {
         name: value
         for name, value in vars(module).items()
-        if not _is_class_forward(_beneath(value), module) and not _is_empty_registry(value)
+        if not _is_class_forward(_beneath(value), module) and not (isinstance(value, HookRegistry) and not value.hooks)
     }
-
-
-def _is_empty_registry(value: Any) -> bool:
-    from diffusers.hooks.hooks import HookRegistry  # takes seconds to import, which are spent once there is a model
-
-    return isinstance(value, HookRegistry) and not value.hooks
 
 
 def _beneath(value: Any) -> Any:
