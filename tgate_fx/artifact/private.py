@@ -8,6 +8,7 @@ them out of it again. They were checked on torch 2.9, 2.11, 2.13 and 2.15; witho
 from __future__ import annotations
 
 import base64
+import copy
 import ctypes
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -32,7 +33,8 @@ _RETURN_CONSTANTS: Mapping[str, Any] = (
 _OPTIONS = {
     "aot_inductor.package": True,
     "aot_inductor.package_constants_in_so": False,
-    "aot_inductor.metadata": {},  # which torch writes to
+    # torch writes to this: left to itself, to its own configuration, by which its caches are keyed.
+    "aot_inductor.metadata": {},
     **_RETURN_CONSTANTS,
 }
 
@@ -116,9 +118,7 @@ def compile_package(
         The package's constants, as (storage owner, view) by name.
     """
     with _constants_as_tensors():
-        # Left to itself torch would write its metadata to its configuration, by which its caches are keyed.
-        own = {**_OPTIONS, "aot_inductor.metadata": {}}
-        made: Any = torch._inductor.aot_compile(graph, arguments, options={**options, **own})
+        made: Any = torch._inductor.aot_compile(graph, arguments, options={**options, **copy.deepcopy(_OPTIONS)})
     (constants,) = [each for each in made if not isinstance(each, str)]
     find("torch._inductor.package").package_aoti(str(package), [each for each in made if isinstance(each, str)])
     return dict(constants)
