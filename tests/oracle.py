@@ -43,7 +43,7 @@ def changed(value: Any) -> Any:
             return value.flip(1)
         generator = torch.Generator().manual_seed(9)
         noise = torch.randn(value.shape, generator=generator).to(value.dtype)
-        return value + noise if value.is_floating_point() else value
+        return value + noise.to(value.device) if value.is_floating_point() else value
     if isinstance(value, dict):
         return {name: changed(item) for name, item in value.items()}
     return type(value)(changed(item) for item in value) if type(value) in (list, tuple) else value

@@ -17,6 +17,7 @@ import tgate_fx
 from tests import tiny
 from tests.conftest import CountingBackend
 from tgate_fx.gated import Gated
+from tgate_fx.guidance import GuidanceIsOn
 from tgate_fx.roles import Role, Roles
 from tgate_fx.split import phase_function
 
@@ -110,6 +111,23 @@ def test_self_attention_intervals_without_guidance_or_for_both_branches(family: 
         one = final(pipe, **alone, **settings, **extra, latents=latents)
         two = final(pipe, **both, **settings, **extra, latents=torch.cat([latents] * 2))
         torch.testing.assert_close(two, torch.cat([one, one]), rtol=1e-4, atol=1e-4)
+
+
+def test_a_scale_of_each_frame_is_read_again_when_it_changes() -> None:
+    """It is on the device, and read once; a callback may write to it, or put another in its place."""
+    pipe = tiny.make("svd")
+    is_on = GuidanceIsOn(pipe, None)
+    pipe._guidance_scale = torch.tensor([1.0, 3.0])
+    assert [is_on(), is_on()] == [True, True]
+    pipe._guidance_scale.fill_(1.0)
+    assert not is_on()
+    pipe._guidance_scale = torch.tensor([1.0, 3.0])
+    assert is_on()
+    with torch.inference_mode():
+        pipe._guidance_scale = torch.tensor([1.0, 3.0])
+        assert is_on()
+        pipe._guidance_scale.fill_(1.0)
+        assert not is_on()
 
 
 @pytest.mark.parametrize("gate", tiny.slow_but((1, 4), (1, 2, 4, 6)))

@@ -16,7 +16,7 @@ from .companion_run import CompanionRun
 from .companions import only_conditional
 from .errors import ArgumentError, StateError, UnsupportedError
 from .gated_class import AS_GATED, ATTRIBUTE, KEYWORDS, gate_of, gated_class, plain_class
-from .guidance import check_known_guidance, check_settings, guidance_is_on
+from .guidance import GuidanceIsOn, check_known_guidance, check_settings
 from .keywords import check_not_misspelt
 from .network import Network
 from .phases import Phases
@@ -121,7 +121,7 @@ class Gated:
         steps = Steps(
             pipe,
             schedule,
-            guided=functools.partial(guidance_is_on, pipe, bound("guidance_scale")),
+            guided=GuidanceIsOn(pipe, bound("guidance_scale")),
             count=functools.partial(step_count, pipe, end=bound("denoising_end")),
             calls_back=bound("callback_on_step_end") is not None or bound("callback") is not None,
             only_conditional=control_is_conditional,

@@ -202,8 +202,36 @@ class GuidanceForm(abc.ABC):
         """
 
 
-def guidance_is_on(pipe: Any, guidance_scale: Any) -> bool:
-    """Return whether the pipeline guides at this step.
+class GuidanceIsOn:
+    """Tells whether the pipeline guides at this step.
+
+    A scale of each frame (Stable Video Diffusion) is on the device: it is read once, so that no step waits for it.
+
+    Args:
+        pipe: in the middle of its call.
+        guidance_scale: what the call was given.
+    """
+
+    def __init__(self, pipe: Any, guidance_scale: Any) -> None:
+        self._pipe = pipe
+        self._given = guidance_scale
+        self._scale: torch.Tensor | None = None
+        self._version = 0
+        self._is_on = False
+
+    def __call__(self) -> bool:
+        """Return it."""
+        scale = getattr(self._pipe, "guidance_scale", None)
+        if not isinstance(scale, torch.Tensor) or scale.is_inference():  # which may change without a trace
+            return _guidance_is_on(self._pipe, self._given)
+        if scale is not self._scale or scale._version != self._version:
+            self._scale, self._version = scale, scale._version
+            self._is_on = _guidance_is_on(self._pipe, self._given)
+        return self._is_on
+
+
+def _guidance_is_on(pipe: Any, guidance_scale: Any) -> bool:
+    """Return whether the pipeline guides now.
 
     Most pipelines have a property that says so, which may change while they run; some have one of the scale itself; the
     others decide once. The scale guides if it is > 1 (Imagen's convention, arXiv:2205.11487), but for the

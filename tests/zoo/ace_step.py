@@ -22,11 +22,12 @@ HEADS: dict[str, Any] = {
 }
 
 
-def encode_prompt(prompt: str | list[str], **_: Any) -> tuple[torch.Tensor, ...]:
+def encode_prompt(prompt: str | list[str], *, device: Any, **_: Any) -> tuple[torch.Tensor, ...]:
     """Embeds any prompts and lyrics, in place of the pipeline's own method, which takes no embeddings."""
     rows = 1 if isinstance(prompt, str) else len(prompt)
-    mask = torch.ones(rows, 6, dtype=torch.long)
-    return noise(rows, 6, WIDTH, seed=1), mask, noise(rows, 6, WIDTH, seed=2), mask
+    mask = torch.ones(rows, 6, dtype=torch.long, device=device)
+    text, lyrics = (noise(rows, 6, WIDTH, seed=seed).to(device) for seed in (1, 2))
+    return text, mask, lyrics, mask
 
 
 def make(**changes: Any) -> Any:

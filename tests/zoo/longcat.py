@@ -18,7 +18,7 @@ def encode_prompt(prompt: list[str], device: Any) -> tuple[torch.Tensor, torch.T
     """Embeds prompts of one letter, in place of the pipeline's own method, which takes no embeddings."""
     tokens = [_TOKENS[text] for text in prompt]
     embeds = torch.cat([noise(1, max(tokens), 32, seed=count) for count in tokens])
-    return embeds, torch.tensor(tokens)
+    return embeds.to(device), torch.tensor(tokens, device=device)
 
 
 def make(**changes: Any) -> Any:
