@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -176,3 +177,54 @@ def test_without_a_gpu_the_script_for_one_says_so() -> None:
     result = CliRunner().invoke(cuda_graphs.main, [])
     assert result.exit_code == 2
     assert "needs a GPU with CUDA" in result.output
+
+
+_VIEWS = {"aten::chunk", "aten::select", "aten::slice"}
+_GRAPH = "graph"
+
+
+def operations_between_graphs(pipe: Any, call: dict[str, Any]) -> list[Counter[str]]:
+    """What runs before each graph of a generation and since the one before it, but for views."""
+    for _ in range(2):
+        pipe(**call)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        pipe(**call)
+    found: list[Counter[str]] = [Counter()]
+    inside = 0  # until when a graph or an operation runs
+    for event in sorted(profile.events(), key=lambda each: (each.time_range.start, -each.time_range.end)):
+        if event.time_range.start < inside or not (event.name == _GRAPH or event.name.startswith("aten::")):
+            continue
+        inside = event.time_range.end
+        if event.name == _GRAPH:
+            found.append(Counter())
+        elif event.name not in _VIEWS:
+            found[-1][event.name] += 1
+    return found[:-1]
+
+
+def marked(graph: torch.fx.GraphModule, _: list[Any], **settings: Any) -> Any:
+    """A backend whose graphs are events of the profiler."""
+
+    def run(*args: Any) -> Any:
+        with torch.profiler.record_function(_GRAPH):
+            return graph(*args)
+
+    return run
+
+
+@pytest.mark.parametrize("scheduler", tiny.slow_but(("DDIM",), ("DDIM", "EulerDiscrete")))
+def test_a_gated_step_has_few_operations_of_its_own(scheduler: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is a launch on a GPU: the timestep as a float, a copy of what replay overwrites, one output for both."""
+    monkeypatch.setattr(settings, "_has_cuda_graphs", lambda device: True)
+    plain, pipe = tiny.make("sd-small"), tiny.make("sd-small")
+    for each in (plain, pipe):
+        each.scheduler = tiny.scheduler(scheduler)
+    plain.unet.compile(backend=marked, fullgraph=True)
+    tgate_fx.compile(pipe, 3, after_gate="positive", backend=marked, mode="reduce-overhead")
+    call = {**tiny.inputs("sd-small"), "num_inference_steps": 8, "output_type": "latent"}
+    ungated, gated = (operations_between_graphs(each, call) for each in (plain, pipe))
+    assert len(ungated) == len(gated)
+    own = {"aten::to": 1, "aten::clone": 1}
+    assert gated[2] - ungated[2] == own
+    for step in (5, 6):
+        assert gated[step] - ungated[step] == {**own, "aten::cat": 1}
