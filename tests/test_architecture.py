@@ -30,7 +30,7 @@ compiled.backend
 compiled.guard_policy compiled.untraceable compiled.lora_scales compiled.image_scales
 compiled.variant compiled.whole compiled.regional
 phase_graph ladder
-pipeline warmup loaders hand_written
+inspection pipeline warmup loaders hand_written
 artifact.private artifact.weights_file artifact.fingerprint artifact.contents artifact.manifest
 artifact.packaged artifact.caches
 artifact.save artifact.load

@@ -6,6 +6,7 @@ from .auto_gate import AutoGate
 from .deepcache import DeepCache
 from .errors import ArgumentError, CompileError, StateError, TGateError, UnsupportedError
 from .hand_written import generation
+from .inspection import graphs, report, sites
 from .loaders import (
     TgatePixArtAlphaLoader,
     TgatePixArtLoader,
@@ -17,7 +18,7 @@ from .loaders import (
     TgateSVDLoader,
 )
 from .phase_graph import PhaseGraph
-from .pipeline import compile, disabled, gate, graphs, report, restore, sites, split
+from .pipeline import compile, disabled, gate, restore, split
 from .report import Report, StepReport
 from .sites import SiteInfo
 from .tuning.measure import Trial, Tuning, tune

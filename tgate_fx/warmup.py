@@ -14,7 +14,7 @@ from . import private
 from .auto_gate import AutoGate
 from .errors import ArgumentError, StateError, checked_count
 from .gated import Gated
-from .pipeline import report
+from .inspection import report
 from .report import Report
 from .schedule import Schedule
 

@@ -14,7 +14,8 @@ import torch
 
 from ..errors import ArgumentError, StateError, UnsupportedError
 from ..gated import gated_of
-from ..pipeline import disabled, report
+from ..inspection import report
+from ..pipeline import disabled
 from .kept import Kept, described, described_pipeline
 from .likeness import likeness
 
