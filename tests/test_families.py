@@ -106,14 +106,12 @@ CUT_SHORT = [
 @pytest.mark.parametrize(("name", "cut"), CUT_SHORT, ids=[name for name, _ in CUT_SHORT])
 def test_a_share_is_of_the_steps_that_are_run(name: str, cut: dict[str, float]) -> None:
     """Also in pipelines that do not record them, or record those before they are cut; and the last one is computed."""
-    found = [entry for entry in ENTRIES if entry.pipeline == name]
-    if not found:
-        pytest.skip(f"this diffusers has no {name}")
-    pipe = found[0].make()
+    entry = zoo.entry_of(name)
+    pipe = entry.make()
     for scheduler in ("DDIM", "EulerDiscrete"):
         pipe.scheduler = tiny.scheduler(scheduler)
         tgate_fx.gate(pipe, 0.5, forecast=5)
-        found[0].run(pipe, num_inference_steps=16, **cut)
+        entry.run(pipe, num_inference_steps=16, **cut)
         report = tgate_fx.report(pipe)
         assert len(report.steps) in (7, 8)  # by the spacing of the timesteps
         assert report.gate == 4

@@ -17,7 +17,7 @@ from tests.test_compile import relative_error
 from tests.test_families import ENTRIES, calls_of, outputs_of
 from tests.test_families import by_hooks as by_hooks_of_entry
 from tests.test_refusals import says
-from tests.zoo import adapters, controlnet, wan, wan_video
+from tests.zoo import adapters, controlnet, entry_of, wan
 from tgate_fx.forecast import Forecast
 
 GATE = 3
@@ -359,7 +359,7 @@ def test_guidance_cannot_go_on_from_where_nearly_all_is_noise() -> None:
 
 def test_guidance_goes_on_in_a_loop_from_the_middle_of_the_schedule() -> None:
     """Where the scheduler itself finds out at its first step which one that is."""
-    entry = next(entry for entry in wan_video.ENTRIES if entry.pipeline == "WanVideoToVideoPipeline")
+    entry = entry_of("WanVideoToVideoPipeline")
     pipe = entry.make()
     pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     kwargs = {"strength": 0.5, "num_inference_steps": 2 * STEPS}

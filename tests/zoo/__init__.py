@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import diffusers
+import pytest
 import torch
 from torch import nn
 
@@ -78,6 +79,14 @@ def entries() -> list[Entry]:
     """Every entry of every file; an older diffusers than the one that is pinned lacks some classes."""
     modules = filter(None, map(_imported, pkgutil.iter_modules(__path__)))
     return [entry for module in modules for entry in module.ENTRIES if not IS_OLD or _has(module, entry)]
+
+
+def entry_of(pipeline: str) -> Entry:
+    """The entry of this name; skips the test that asks for it if this diffusers lacks its pipeline."""
+    found = [entry for entry in entries() if entry.pipeline == pipeline]
+    if not found and IS_OLD:
+        pytest.skip(f"this diffusers has no {pipeline}")
+    return found[0]
 
 
 def _has(module: ModuleType, entry: Entry) -> bool:
