@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
@@ -229,6 +230,15 @@ def test_a_pipeline_that_is_another_is_refused(change: Callable[[Any], None], me
     assert message in str(error.value)
     assert type(pipe).__name__ == "StableDiffusionPipeline"
     assert forwards(pipe) == own
+
+
+def test_offloaded_weights_are_refused(tmp_path: Path) -> None:
+    """Where they rest is not where a package would run."""
+    pipe = tgate_fx.compile(made(), 2)
+    accelerate.cpu_offload_with_hook(pipe.unet, execution_device="cpu")
+    with pytest.raises(tgate_fx.UnsupportedError, match=says("accelerate", "pipe.unet", "without offloading")):
+        tgate_fx.save(pipe, tmp_path / "artifact", **SIZE)
+    assert not (tmp_path / "artifact").exists()
 
 
 def test_different_forwards_beneath_a_site_are_told_apart() -> None:

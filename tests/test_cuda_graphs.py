@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from click.testing import CliRunner
@@ -14,7 +17,9 @@ from benchmarks import cuda_graphs
 from tests import tiny
 from tests.replay import ReplayBackend, ReplayError, copies_of
 from tests.test_refusals import says
+from tests.zoo import entry_of
 from tgate_fx import cache
+from tgate_fx.bench.prepare import keep_outputs
 from tgate_fx.compiled import settings, whole
 
 _FIRST = ("sd-small", "pixart-alpha")
@@ -144,6 +149,49 @@ def test_regions_under_replay_are_refused(replay: ReplayBackend) -> None:
         tiny.latents(pipe, **tiny.inputs("sd"), num_inference_steps=4)
     tgate_fx.restore(pipe)
     tiny.latents(pipe, **tiny.inputs("sd"), num_inference_steps=4)
+
+
+def test_weights_that_move_are_refused_under_replay(replay: ReplayBackend) -> None:
+    """torch would record each phase in every generation again."""
+    pipe = compiled("sd-small", replay)
+    call = {**tiny.inputs("sd-small"), "num_inference_steps": 5}
+    accelerate.cpu_offload_with_hook(pipe.unet, execution_device="cpu")
+    message = says("mode=reduce-overhead", "accelerate", "enable_model_cpu_offload", "max-autotune-no-cudagraphs")
+    with pytest.raises(tgate_fx.UnsupportedError, match=message):
+        tiny.latents(pipe, **call)
+    accelerate.hooks.remove_hook_from_module(pipe.unet)
+    expected = tiny.latents(tgate_fx.gate(tiny.make("sd-small"), 3), **call)
+    assert torch.equal(tiny.latents(pipe, **call), expected)
+
+
+def test_pipelines_in_two_threads_take_turns_where_replays_share_memory(replay: ReplayBackend) -> None:
+    pipes = [compiled("sd-small", replay) for _ in range(2)]
+    calls = [{**tiny.inputs("sd-small"), "num_inference_steps": 8, "seed": seed} for seed in range(2)]
+    for pipe in pipes:
+        for _ in range(2):  # compiles, and records
+            tiny.latents(pipe, **calls[0])
+    eager = tgate_fx.gate(tiny.make("sd-small"), 3)
+    expected = [tiny.latents(eager, **call) for call in calls]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            for _ in range(3):
+                results = list(pool.map(lambda pipe, call: tiny.latents(pipe, **call), pipes, calls))
+                assert all(map(torch.equal, results, expected))
+    finally:
+        sys.setswitchinterval(before)
+
+
+def test_the_benchs_ungated_graphs_keep_what_a_step_of_two_calls_reads(replay: ReplayBackend) -> None:
+    entry = entry_of("WanPipeline")
+    pipe = entry.make()
+    expected = entry.run(pipe)
+    pipe.transformer = torch.compile(pipe.transformer, backend=replay, fullgraph=True)
+    keep_outputs(pipe.transformer)
+    for _ in range(3):
+        assert torch.equal(entry.run(pipe), expected)
+    assert replay.replays > 0
 
 
 def test_a_graph_that_freezes_copies_its_caches(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,3 +125,18 @@ def test_what_is_put_on_a_block_before_the_first_generation_is_outside_of_its_gr
     kwargs = {**tiny.inputs("sd"), "num_inference_steps": 4}
     assert torch.equal(tiny.latents(pipe, **kwargs), tiny.latents(eager, **kwargs))
     assert tgate_fx.report(pipe).compiled_graphs > 0
+
+
+@pytest.mark.parametrize("regional", [False, True])
+def test_a_mode_reaches_the_backend(regional: bool) -> None:
+    modes = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any], mode: str | None = None) -> Any:
+        modes.append(mode)
+        return graph.forward
+
+    mode = "max-autotune-no-cudagraphs"
+    pipe = tgate_fx.compile(tiny.make("sd-small"), 2, backend=backend, regional=regional, mode=mode)
+    kwargs = {**tiny.inputs("sd-small"), "num_inference_steps": 4}
+    assert torch.equal(tiny.latents(pipe, **kwargs), tiny.latents(tgate_fx.gate(tiny.make("sd-small"), 2), **kwargs))
+    assert set(modes) == {mode}

@@ -117,7 +117,7 @@ def _by_position(scheduler: Any, levels: list[float]) -> Level:
 
 def _by_timestep(levels: torch.Tensor) -> Level:
     """By the denoiser's timestep, looked up where that is, so that nothing waits for the device."""
-    on_device = functools.cache(levels.to)
+    on_device = functools.cache(functools.partial(levels.to, non_blocking=True))
     begins_with_noise = bool(levels.min() < _LEAST)  # zero terminal SNR: only there the check waits for the device
 
     def level(timestep: Any, back: int) -> torch.Tensor:

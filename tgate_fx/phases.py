@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -14,6 +15,8 @@ from .network import Network
 from .roles import Roles
 from .schedule import Step
 from .split import EMPTY_CACHE, Cache, PhaseResult
+
+_FREE = nullcontext()
 
 
 class Phases(abc.ABC):
@@ -40,6 +43,10 @@ class Phases(abc.ABC):
     def needs_static_addresses(self, device: torch.device) -> bool:
         """Return whether steps on this device read their cache in place, where it was when they were recorded."""
         return False
+
+    def turns(self, device: torch.device) -> AbstractContextManager[object]:
+        """Return what is held from when a step runs on this device until what it gave was copied."""
+        return _FREE
 
     @abc.abstractmethod
     def inductor_options(self, device: torch.device) -> dict[str, Any] | None:

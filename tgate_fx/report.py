@@ -137,7 +137,7 @@ class StepClock:
         """Begin timing a call on this device."""
         if device.type == "cuda":
             event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            event.record()
+            event.record(torch.cuda.current_stream(device))
             return event
         return time.perf_counter()
 
@@ -176,7 +176,7 @@ def _since(started: Any) -> Callable[[], float]:
         seconds = time.perf_counter() - started
         return lambda: seconds
     ended = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-    ended.record()
+    ended.record(torch.cuda.current_stream(started.device))
     return lambda: _elapsed(started, ended)
 
 

@@ -132,9 +132,10 @@ class Run:
         cache = self._cache_for(step, slot, (rows, *latents.shape[1:]))
         if step.phase not in self.examples:
             self.examples[step.phase] = example(step, cache, inputs)
-        output, captured = self.phases(step, cache, inputs)
-        if any(step.keep):
-            self._keep(step, slot, captured, latents, guided, sliced)
+        with self.phases.turns(latents.device):
+            output, captured = self.phases(step, cache, inputs)
+            if any(step.keep):
+                self._keep(step, slot, captured, latents, guided, sliced)
         if guided and not sliced:
             self._compare(step, call, output, inputs.get("timestep"))
         return output, rows

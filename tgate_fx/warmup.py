@@ -55,8 +55,7 @@ def warmup(
     """
     gated, call = call_for(pipe, height, width, batch_size, inputs)
     reach_every_phase(pipe, gated, call, "compiling")
-    devices = zip(gated.networks, gated.devices, strict=True)
-    if any(each.phases.uses_cuda_graphs(device) for each, device in devices):
+    if any(run.device is not None and run.phases.uses_cuda_graphs(run.device) for run in gated.runs):
         reach_every_phase(pipe, gated, call, "recording")  # a CUDA graph is recorded when it runs again
     return report(pipe)
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
+
+import torch
 
 from ..compiled.settings import CompileSettings
 from ..deepcache import DeepCache
@@ -16,7 +19,7 @@ from ..pipeline import attach, phases_with
 from ..roles import Role, Roles
 from . import caches, fingerprint, manifest, private, weights_file
 from .contents import schedule_of
-from .packaged import Package, PackagedPhases, only_network
+from .packaged import Package, PackagedPhases, check_not_offloaded, only_network
 
 Pipeline = TypeVar("Pipeline")
 
@@ -44,7 +47,7 @@ def load(pipe: Pipeline, path: str | Path, digest: str | None = None) -> Pipelin
 
     Raises:
         StateError: the artifact is not whole, or not for this pipeline, torch or processor; the pipeline is gated.
-        UnsupportedError: as for `tgate_fx.gate`; or this torch lacks what artifacts need.
+        UnsupportedError: as for `tgate_fx.gate`; its weights are offloaded; or this torch lacks what artifacts need.
     """
     path = Path(path)
     check_not_gated(pipe)
@@ -54,6 +57,7 @@ def load(pipe: Pipeline, path: str | Path, digest: str | None = None) -> Pipelin
     interval = schedule.deep_interval
     deepcache = None if interval is None else DeepCache(interval, contents["deepcache"], schedule.deep_order)
     networks = networks_of(pipe, deepcache)
+    check_not_offloaded(networks)
     manifest.check_environment(contents, networks)
     pinned = digest is not None
     if contents["caches"] is None:
@@ -76,7 +80,9 @@ def _from_packages(
     frozen = contents["weights"] is not None
     if frozen:
         manifest.check_parts("weights", contents, fingerprint.weights(network.module))
-    packages = _load_packages(path, contents, pinned=pinned)
+    device = next(network.module.parameters()).device
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # torch loads for the current one
+        packages = _load_packages(path, contents, pinned=pinned)
     phases = PackagedPhases(network.module, packages, contents["structure"], frozen=frozen)
     return lambda each: phases if each is network else EagerPhases(each)
 

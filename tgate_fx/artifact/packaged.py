@@ -16,6 +16,7 @@ from ..inputs import canonical, latents_of, tensors_in
 from ..network import Network
 from ..phase_graph import DENOISER
 from ..phases import Phases
+from ..private import untraceable
 from ..roles import Roles
 from ..schedule import Step
 from ..split import Cache, PhaseResult
@@ -167,6 +168,17 @@ class PackagedPhases(Phases):
                 for package in several:
                     package.loaded.share_weights({**tensors, **package.weights})
             self._shared = addresses
+
+
+def check_not_offloaded(networks: Sequence[Network]) -> None:
+    """Raise `UnsupportedError` if weights rest on another device than the one that computes, which is then unknown."""
+    for each in networks:
+        if "accelerate" in untraceable(each.module):
+            raise UnsupportedError(
+                f"accelerate moves the weights of pipe.{each.attribute} in every generation "
+                "(enable_model_cpu_offload), and an artifact is for weights that stay where they are: expected a "
+                "pipeline without offloading. Move it to its device with pipe.to(...) instead, or use tgate_fx.compile."
+            )
 
 
 def only_network(networks: Sequence[Network]) -> Network:

@@ -18,7 +18,7 @@ from ..phases import EagerPhases, Example
 from ..warmup import call_for, reach_every_phase
 from . import caches, fingerprint, manifest
 from . import private as aot
-from .packaged import only_network, signature_of, sorted_by_name, weights_of
+from .packaged import check_not_offloaded, only_network, signature_of, sorted_by_name, weights_of
 from .weights_file import WeightsWriter
 
 
@@ -47,8 +47,8 @@ def save(
     Raises:
         ArgumentError: there is something at ``path``, or as for `tgate_fx.warmup`.
         StateError: the pipeline is not under `tgate_fx.compile`.
-        UnsupportedError: its settings are not for code that is compiled ahead of time, or this torch lacks what
-            artifacts need.
+        UnsupportedError: its settings are not for code that is compiled ahead of time, its weights are offloaded, or
+            this torch lacks what artifacts need.
         CompileError: a phase could not be traced or compiled.
     """
     path = Path(path)
@@ -56,6 +56,7 @@ def save(
         raise ArgumentError(f"{path} already exists: expected a new directory. Remove it, or choose another path.")
     gated, call = call_for(pipe, height, width, batch_size, inputs)
     networks = [each.network for each in gated.networks]
+    check_not_offloaded(networks)
     options = gated.networks[0].phases.inductor_options(gated.devices[0])
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as made:

@@ -59,9 +59,12 @@ def memory_gib(device: str = "cpu") -> float:
 
 
 def peak_gib(device: str) -> float:
-    """Return the most memory that this process had at once, ever or since `forget_peak`; on a GPU that of tensors."""
+    """Return the most memory that this process had at once, ever or since `forget_peak`.
+
+    On a GPU that is what torch's allocator has taken, with what CUDA graphs work in, which belongs to no tensor.
+    """
     if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
+        return torch.cuda.max_memory_reserved() / 2**30
     status = Path("/proc/self/status")
     if status.exists():  # what getrusage says begins with the most that the process had which started this one
         return int(re.findall(r"VmHWM:\s*(\d+) kB", status.read_text())[0]) / 2**20
@@ -72,6 +75,7 @@ def peak_gib(device: str) -> float:
 def forget_peak(device: str) -> None:
     """Let `peak_gib` begin anew, where the system can do that: on Linux, and on a GPU."""
     if device == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         return
     with suppress(OSError):

@@ -26,6 +26,7 @@ class PrunedBackend:
 
     Args:
         backend: the backend itself.
+        mode: torch.compile's, for the backend.
         weights: is told, before a graph is compiled, of the tensors that are part of it; None to leave it.
         cuda_graphs: whether inductor must make CUDA graphs; a graph of which it cannot is a `CompileError`, in place of
             the line that torch would log.
@@ -35,16 +36,22 @@ class PrunedBackend:
     """
 
     def __init__(
-        self, backend: str | Callable[..., Any], weights: FrozenWeights | None = None, *, cuda_graphs: bool = False
+        self,
+        backend: str | Callable[..., Any],
+        weights: FrozenWeights | None = None,
+        *,
+        mode: str | None = None,
+        cuda_graphs: bool = False,
     ) -> None:
         self._backend = backend
+        self._mode = mode
         self._cuda_graphs = cuda_graphs
         # Dynamo keeps backends for good, and must not keep the denoiser with them.
         self._weights = weakref.ref(weights) if weights is not None else None
         self.graphs = 0
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: list[Any], **kwargs: Any) -> Callable[..., Any]:
-        """Compile ``graph``; ``kwargs`` are the mode and options that torch.compile was given."""
+        """Compile ``graph``; ``kwargs`` are the options that torch.compile was given."""
         remove_dead_code(graph.graph, may_have_an_effect)
         placeholders = graph.graph.find_nodes(op="placeholder")
         used = [bool(node.users) for node in placeholders]
@@ -75,7 +82,9 @@ class PrunedBackend:
             return openvino.compile_graph(graph, inputs, kwargs.get("options") or {})
         if self._backend == "inductor":
             # torch.compile turns a mode into options, but not for a backend like this one.
-            kwargs = {"config_patches": options_with_mode(kwargs.get("mode"), kwargs.get("options"))}
+            kwargs = {"config_patches": options_with_mode(self._mode, kwargs.get("options"))}
+        elif self._mode is not None:
+            kwargs = {**kwargs, "mode": self._mode}
         skipped = private.cuda_graph_skips()
         with onednn_on_amd():
             compiled: Callable[..., Any] = private.backend_of(self._backend)(graph, inputs, **kwargs)

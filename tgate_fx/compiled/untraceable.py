@@ -26,6 +26,24 @@ _WAYS_OUT = {
 }
 
 
+def check_stays(name: str, denoiser: nn.Module, settings: str) -> None:
+    """Raise `UnsupportedError` if a denoiser's weights move between generations, for a CUDA graph reads them in place.
+
+    torch would record each phase again in every generation, and keep all that it has recorded.
+
+    Args:
+        name: the denoiser's name, for the message.
+        denoiser: the denoiser.
+        settings: those for CUDA graphs, for the message.
+    """
+    if "accelerate" in private.untraceable(denoiser):
+        raise UnsupportedError(
+            f"{settings} was given for CUDA graphs, which read the weights at fixed addresses, and accelerate moves "
+            f"those of {name} in every generation (enable_model_cpu_offload): expected weights that stay. Compile with "
+            'mode=None or "max-autotune-no-cudagraphs", or leave offloading off.'
+        )
+
+
 def check_traceable(name: str, unit: nn.Module, patch: ForwardPatch) -> None:
     """Raise `UnsupportedError` if something within a module that is compiled as a whole cannot be traced.
 

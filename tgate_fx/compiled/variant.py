@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import abc
 import re
+import threading
 import types
 import weakref
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -26,6 +27,9 @@ from .guard_policy import check_no_global_hooks
 from .image_scales import ImageScales
 from .lora_scales import LoraScales
 from .settings import CompileSettings
+
+# All CUDA graphs that were first run in one thread share their memory, whichever thread replays them.
+_REPLAYS = threading.RLock()
 
 
 class Variant:
@@ -59,11 +63,11 @@ class Variant:
         if guard_filter is not None:
             options = {**(options or {}), "guard_filter_fn": guard_filter}
         cuda_graphs = settings.uses_cuda_graphs(device)
-        self._backend = PrunedBackend(settings.backend, self._weights, cuda_graphs=cuda_graphs)
+        # The backend knows the mode: torch.compile takes no mode beside options, of which the guard filter is one.
+        self._backend = PrunedBackend(settings.backend, self._weights, mode=settings.mode, cuda_graphs=cuda_graphs)
         self._compiled = torch.compile(
             self._function,
             backend=self._backend,
-            mode=settings.mode,
             options=options,
             dynamic=bool(settings.dynamic),
             fullgraph=True,
@@ -123,6 +127,10 @@ class CompiledPhases(Phases):
     def uses_cuda_graphs(self, device: torch.device) -> bool:
         """Return whether they are for CUDA graphs on this device."""
         return self._settings.uses_cuda_graphs(device)
+
+    def turns(self, device: torch.device) -> AbstractContextManager[object]:
+        """Return a lock where a replay overwrites what another gave; see `Phases`."""
+        return _REPLAYS if self.uses_cuda_graphs(device) else super().turns(device)
 
     def needs_static_addresses(self, device: torch.device) -> bool:
         """Return whether graphs on this device read their cache in place."""

@@ -15,7 +15,7 @@ from ..split import Cache, PhaseResult
 from .frozen_weights import FrozenWeights
 from .guard_policy import runs_only_known_code
 from .settings import CompileSettings
-from .untraceable import check_traceable
+from .untraceable import check_stays, check_traceable
 from .variant import CompiledPhases, Variant
 
 
@@ -84,6 +84,8 @@ class WholePhases(CompiledPhases):
         """Run with every guard checked, compiling if need be."""
         self._device = latents.device
         self._uses_cuda_graphs = self._settings.uses_cuda_graphs(self._device)
+        if self._uses_cuda_graphs:
+            check_stays(f"pipe.{self._network.attribute}", self._network.module, self.describe())
         if not self._checked:  # the first step of a generation, or every one if guards are checked at every one
             self._drop_stale()
 
