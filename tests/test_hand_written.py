@@ -14,6 +14,7 @@ from tests import tiny
 from tests.conftest import CountingBackend
 from tests.test_refusals import says
 from tests.zoo import wan
+from tgate_fx.gated import gated_of
 
 STEPS = 5
 GATE = 2
@@ -155,3 +156,32 @@ def test_other_pipelines_may_share_the_denoiser() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.isfinite(other(**KWARGS).images).all()
+
+
+def test_a_loop_that_keeps_gradients_leaves_none_in_the_cache() -> None:
+    """Without torch.no_grad(), under which diffusers' own loops run."""
+    pipe = tgate_fx.gate(tiny.make("sd-small"), GATE)
+    for guided in (True, False):
+        rows = torch.cat([start(pipe)] * 2) if guided else start(pipe)
+        text = texts(pipe) if guided else texts(pipe)[1:]
+        pipe.scheduler.set_timesteps(STEPS)
+        with tgate_fx.generation(pipe, STEPS, guided=guided):
+            outputs = [pipe.unet(rows, t, text).sample for t in pipe.scheduler.timesteps]
+        with torch.no_grad(), tgate_fx.generation(pipe, STEPS, guided=guided):
+            expected = [pipe.unet(rows, t, text).sample for t in pipe.scheduler.timesteps]
+        assert outputs[0].requires_grad
+        assert all(map(torch.equal, outputs, expected))
+        assert not any(buffer.requires_grad for each in gated_of(pipe).networks for buffer in each.cache.buffers())
+
+
+def test_an_interrupted_call_before_it_does_not_hide_that_nothing_was_gated() -> None:
+    pipe = tgate_fx.gate(tiny.make("sd-small"), GATE)
+
+    def interrupt(pipe: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        pipe._interrupt = True
+        return {}
+
+    pipe(**KWARGS, callback_on_step_end=interrupt)
+    assert pipe.interrupt
+    with pytest.raises(tgate_fx.StateError, match=says("without a call of pipe.unet")), _generation(pipe):
+        pass

@@ -120,6 +120,30 @@ def test_pipelines_that_share_a_denoiser_may_run_in_two_threads() -> None:
     assert torch.equal(results[1], plain)
 
 
+@pytest.mark.parametrize(("at", "steps"), [(0, 1), (1, 2), (5, 6)])
+def test_a_plain_pipeline_within_a_callback_stays_plain(at: int, steps: int) -> None:
+    """It shares the denoiser, and has a scheduler of its own: a preview, say."""
+    pipe = tiny.make("sd-small")
+    other = diffusers.StableDiffusionPipeline(
+        **{**pipe.components, "scheduler": tiny.scheduler()}, requires_safety_checker=False
+    )
+    other.set_progress_bar_config(disable=True)
+    its_own = {**KWARGS, "num_inference_steps": steps, "prompt": "two dogs"}
+    expected = tiny.latents(other, **its_own)
+    tgate_fx.gate(pipe, 3)
+    alone = tiny.latents(pipe, **KWARGS)
+    given = []
+
+    def preview(pipe: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        if index == at:
+            given.append(tiny.latents(other, **its_own))
+        return {}
+
+    assert torch.equal(tiny.latents(pipe, **KWARGS, callback_on_step_end=preview), alone)
+    assert torch.equal(given[0], expected)
+    assert len(tgate_fx.report(pipe).steps) == 6
+
+
 def test_a_pipeline_within_its_own_callback_is_refused() -> None:
     pipe = tgate_fx.gate(tiny.make("sd-small"), gate_step=3)
     expected = tiny.latents(pipe, **KWARGS)

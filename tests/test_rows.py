@@ -5,9 +5,12 @@ The oracles are upstream `tgate` 1.0.0 and the `DeepCache` package, which this p
 
 from __future__ import annotations
 
+import importlib
 import inspect
+from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import pytest
 import tgate
 import torch
@@ -16,6 +19,8 @@ from DeepCache import DeepCacheSDHelper
 import tgate_fx
 from tests import tiny
 from tests.conftest import CountingBackend
+from tests.test_refusals import says
+from tests.zoo import entry_of, seeded
 from tgate_fx.gated import Gated
 from tgate_fx.guidance import GuidanceIsOn
 from tgate_fx.roles import Role, Roles
@@ -208,6 +213,58 @@ def test_every_branch_of_a_deeper_unet(branch: int) -> None:
     helper.enable()
     pipe = tgate_fx.gate(tiny.sd(**deep_unet()), None, deepcache=tgate_fx.DeepCache(3, branch))
     assert torch.equal(final(pipe, **kwargs), final(plain, **kwargs))
+
+
+def with_two_layers(name: str) -> tuple[Any, Any]:
+    """A pipeline whose UNet has two layers in each block, as real ones have, and how it generates."""
+    entry = entry_of(name)
+    pipe = entry.make()
+    if name == "AudioLDM2Pipeline":
+        changes = {
+            "layers_per_block": 2,
+            "block_out_channels": (16, 16),
+            "down_block_types": ("CrossAttnDownBlock2D",) * 2,
+            "up_block_types": ("CrossAttnUpBlock2D",) * 2,
+            "cross_attention_dim": pipe.unet.config.cross_attention_dim * 2,
+        }
+        config = {**pipe.unet.config, **changes}
+        pipe.unet = seeded(lambda: type(pipe.unet).from_config(config))
+    else:
+        motion = diffusers.MotionAdapter(
+            block_out_channels=(16, 32),
+            motion_layers_per_block=2,
+            motion_norm_num_groups=8,
+            motion_num_attention_heads=2,
+        )
+        pipe.unet = seeded(lambda: diffusers.UNetMotionModel.from_unet2d(tiny.unet(layers_per_block=2), motion))
+    return pipe, entry.run
+
+
+@pytest.mark.parametrize("branch", [0, 1, 3, 4])
+@pytest.mark.parametrize("name", ["AudioLDM2Pipeline", "AnimateDiffPipeline"])
+def test_nothing_is_read_of_what_is_skipped(name: str, branch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """AudioLDM 2 has several attentions in a layer; motion blocks hand on by name what others do by position."""
+    pipe, generate = with_two_layers(name)
+    tgate_fx.gate(pipe, None, deepcache=tgate_fx.DeepCache(2, branch))
+    made = []
+
+    def poisoned(tensor: torch.Tensor, **settings: Any) -> torch.Tensor:
+        made.append(torch.full(tensor.shape, torch.nan, dtype=tensor.dtype, device=settings["device"]))
+        return made[-1]
+
+    sites = importlib.import_module("tgate_fx.sites")  # by that name the package has a function
+    monkeypatch.setattr(sites, "torch", SimpleNamespace(**{**vars(torch), "empty_like": poisoned}))
+    assert torch.isfinite(generate(pipe)).all()
+    assert made
+
+
+@pytest.mark.parametrize("branch", [0, 3])
+def test_deepcache_needs_blocks_with_layers_of_their_own(branch: int) -> None:
+    pipe = entry_of("StableDiffusionControlNetXSPipeline").make()
+    with pytest.raises(
+        tgate_fx.UnsupportedError, match=says("ControlNetXSCrossAttnDownBlock2D", "Leave deepcache out")
+    ):
+        tgate_fx.gate(pipe, 2, deepcache=tgate_fx.DeepCache(2, branch))
 
 
 @pytest.mark.parametrize("scheduler", tiny.slow_but(("DDIM",), ("DDIM", "EulerDiscrete")))

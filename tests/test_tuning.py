@@ -18,6 +18,7 @@ from tests.conftest import run
 from tests.test_refusals import says
 from tests.zoo import sana, wan
 from tgate_fx.tuning import measure
+from tgate_fx.tuning.kept import described
 from tgate_fx.tuning.likeness import _WEIGHTS, likeness
 from tgate_fx.tuning.measure import Trial, Tuning
 from tgate_fx.tuning.show import plot
@@ -51,6 +52,20 @@ def test_features_tell_more_from_less() -> None:
     assert near is not None
     assert far is not None
     assert 0 < near < far
+
+
+def test_another_scheduler_or_deep_branch_is_measured_anew(tmp_path: Path) -> None:
+    call = {"height": 24, "width": 24, "num_inference_steps": 4, "settings": [{"gate_step": 2}]}
+    pipe = tgate_fx.gate(tiny.make("sd-small"), 3)
+    tgate_fx.tune(pipe, PROMPTS[:1], work=tmp_path / "scheduler", **call)
+    pipe.scheduler = tiny.scheduler("EulerDiscrete")
+    with pytest.raises(tgate_fx.ArgumentError, match="measurements of another pipeline"):
+        tgate_fx.tune(pipe, PROMPTS[:1], work=tmp_path / "scheduler", **call)
+    deep = [tgate_fx.gate(tiny.make("sd"), 3, deepcache=tgate_fx.DeepCache(2, branch)) for branch in (0, 3)]
+    tgate_fx.tune(deep[0], PROMPTS[:1], work=tmp_path / "branch", **call)
+    with pytest.raises(tgate_fx.ArgumentError, match="measurements of another pipeline"):
+        tgate_fx.tune(deep[1], PROMPTS[:1], work=tmp_path / "branch", **call)
+    assert described(torch.ones(2, dtype=torch.bfloat16)) != described(torch.zeros(2, dtype=torch.bfloat16))
 
 
 def test_a_pipeline_is_measured_and_left_as_it_was() -> None:

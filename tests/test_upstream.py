@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import tgate
 import torch
+from diffusers import PixArtAlphaPipeline
 from diffusers.models.attention_processor import AttnProcessor2_0
 
 import tgate_fx
@@ -176,3 +177,30 @@ def test_attention_processors_are_used() -> None:
     )[0]
     assert not torch.equal(got, ignored)
     assert torch.equal(ignored, ours("sd", "DDIM", 3, **kwargs))
+
+
+class ByName(PixArtAlphaPipeline):
+    """A subclass of a user's, whose call takes any keyword."""
+
+    def __call__(self, prompt: Any = None, **kwargs: Any) -> Any:
+        return super().__call__(prompt, **kwargs)
+
+
+class AnyCall(PixArtAlphaPipeline):
+    """A subclass of a user's, whose call hands everything on."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(*args, **kwargs)
+
+
+@pytest.mark.parametrize("cls", [ByName, AnyCall])
+def test_defaults_of_the_calls_that_a_subclass_overrides_count(cls: type[Any]) -> None:
+    """PixArt's guidance is told by its call's default alone."""
+    base = tiny.make("pixart-small")
+    pipe = cls(**base.components)
+    pipe.set_progress_bar_config(disable=True)
+    inputs = {**tiny.inputs("pixart-small"), "num_inference_steps": 4}
+    expected = tiny.latents(tgate_fx.gate(base, 2), **inputs)
+    tgate_fx.restore(base)
+    assert torch.equal(tiny.latents(tgate_fx.gate(pipe, 2), **inputs), expected)
+    assert [step.batch for step in tgate_fx.report(pipe).steps] == [2, 2, 1, 1]

@@ -27,6 +27,7 @@ class StaticCache:
         self._needs_static_addresses = needs_static_addresses
         self._sets: dict[tuple[object, ...], tuple[torch.Tensor, ...]] = {}
 
+    @torch.no_grad()
     def keep(self, kind: Kind, captured: Sequence[torch.Tensor], slot: int = 0) -> tuple[torch.Tensor, ...]:
         """Copy captured tensors into their buffers, and return the buffers.
 
@@ -78,6 +79,7 @@ class StaticCache:
         return buffer
 
 
+@torch.no_grad()
 def blend(unconditional: torch.Tensor, conditional: torch.Tensor, weight: float, out: torch.Tensor) -> None:
     """Write into ``out`` what lies between both branches, at this weight of the conditional one."""
     if weight == 0.5:  # upstream's mean, bit for bit

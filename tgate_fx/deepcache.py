@@ -68,6 +68,12 @@ def find_deep_branch(denoiser: Any, branch: int) -> DeepBranch:
             "out."
         )
     down_blocks, _, up_blocks = parts
+    for each in (*down_blocks, *up_blocks):  # type: ignore[misc]
+        if not hasattr(each, "resnets"):
+            raise UnsupportedError(
+                f"{type(denoiser).__name__} has a {type(each).__name__}: expected blocks with layers of their own for "
+                "DeepCache, which begins at one of them. Leave deepcache out."
+            )
     last = len(down_blocks) - 1  # type: ignore[arg-type]
     block, layer = divmod(branch, _LAYERS)
     if block > last:
@@ -83,11 +89,16 @@ def find_deep_branch(denoiser: Any, branch: int) -> DeepBranch:
     up = last - block
     first_computed = len(up_blocks[up].resnets) - 1 - layer  # type: ignore[index]
     name = f"up_blocks.{up}"
-    has_attention = bool(getattr(up_blocks[up], "attentions", None))  # type: ignore[index]
     for index in range(max(0, first_computed)):
-        skipped += [f"{name}.resnets.{index}"] + ([f"{name}.attentions.{index}"] if has_attention else [])
+        skipped += [f"{name}.resnets.{index}", *_attentions(name, up_blocks[up], index)]  # type: ignore[index]
     exit_ = skipped.pop()
     return DeepBranch(exit_, ".attentions." in exit_, tuple(skipped))
+
+
+def _attentions(name: str, block: Any, layer: int) -> list[str]:
+    """Return the attentions of a block's layer: one, none, or several as in AudioLDM 2."""
+    count = len(getattr(block, "attentions", None) or ()) // len(block.resnets)
+    return [f"{name}.attentions.{index}" for index in range(layer * count, (layer + 1) * count)]
 
 
 def _layers_from(name: str, block: Any, layer: int) -> list[str]:
@@ -96,8 +107,7 @@ def _layers_from(name: str, block: Any, layer: int) -> list[str]:
         return [name]
     count = len(block.resnets)
     found = [f"{name}.resnets.{index}" for index in range(layer, count)]
-    if getattr(block, "attentions", None):
-        found += [f"{name}.attentions.{index}" for index in range(layer, count)]
+    found += [attention for index in range(layer, count) for attention in _attentions(name, block, index)]
     if block.downsamplers is not None and count >= layer:
         found += [f"{name}.downsamplers.{index}" for index in range(len(block.downsamplers))]
     return found

@@ -7,7 +7,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -30,26 +30,41 @@ RunStep = Callable[[Sequence[Any], Mapping[str, Any]], Any]  # one call of the d
 _OUTSIDE_OF_TORCH = 4
 
 
+class _Generation(NamedTuple):
+    """What takes the calls of a dispatch.
+
+    Attributes:
+        run_step: runs one.
+        calls_back: whether other pipelines may be called in the middle of it.
+        caller: the pipeline whose calls they are, where others may be; None for a loop by hand.
+    """
+
+    run_step: RunStep
+    calls_back: bool
+    caller: Any
+
+
 class _Running(threading.local):
     """What takes the calls of each dispatch, for the generations that this thread is in the middle of."""
 
     def __init__(self) -> None:
-        self.by_dispatch: dict[int, RunStep] = {}
+        self.by_dispatch: dict[int, _Generation] = {}
 
 
 _running = _Running()
 
 
-def _within_a_pipeline() -> bool:
-    """Return whether a pipeline is being called: another one may share the denoiser, and is not gated."""
+def _calling_pipeline() -> Any:
+    """Return the pipeline that is being called, the innermost of several; None if there is none."""
     frame = inspect.currentframe()
     while frame is not None:
         if frame.f_code.co_name == "__call__":
-            bases = type(frame.f_locals.get("self")).__mro__
-            if any(base.__name__ == "DiffusionPipeline" for base in bases):  # diffusers takes seconds to import
-                return True
+            caller = frame.f_locals.get("self")
+            # By name: diffusers takes seconds to import.
+            if any(base.__name__ == "DiffusionPipeline" for base in type(caller).__mro__):
+                return caller
         frame = frame.f_back
-    return False
+    return None
 
 
 class Dispatch(ForwardPatch):
@@ -78,8 +93,9 @@ class Dispatch(ForwardPatch):
         """Run the denoiser, in place of its ``forward``."""
         if torch.compiler.is_dynamo_compiling():  # somebody else's graph around this denoiser
             return self.original_forward(*args, **kwargs)
-        run_step = _running.by_dispatch.get(id(self))
-        if run_step is None and not self._warned and self.owners - {SPLIT, COPIED} and not _within_a_pipeline():
+        generation = _running.by_dispatch.get(id(self))
+        owned = self.owners - {SPLIT, COPIED}
+        if generation is None and not self._warned and owned and _calling_pipeline() is None:
             self._warned = True
             warnings.warn(
                 f"The {type(self._module).__name__} of a gated pipeline was called outside of a generation, and ran "
@@ -87,8 +103,13 @@ class Dispatch(ForwardPatch):
                 "steps, guided=...).",
                 stacklevel=_OUTSIDE_OF_TORCH,
             )
+        is_own = generation is not None and not (
+            generation.calls_back and _calling_pipeline() is not generation.caller  # a callback called another one
+        )
         with self.lock:
-            return self.original_forward(*args, **kwargs) if run_step is None else run_step(args, kwargs)
+            if generation is None or not is_own:
+                return self.original_forward(*args, **kwargs)
+            return generation.run_step(args, kwargs)
 
     @classmethod
     def of(cls, denoiser: nn.Module) -> Dispatch | None:
@@ -121,15 +142,20 @@ class Dispatch(ForwardPatch):
         return super().__deepcopy__(memo)
 
     @contextmanager
-    def running(self, run_step: RunStep) -> Iterator[None]:
-        """Context manager: the denoiser's calls in this thread go to ``run_step``."""
+    def running(self, run_step: RunStep, *, calls_back: bool) -> Iterator[None]:
+        """Context manager: the denoiser's calls in this thread go to ``run_step``, but for those of other pipelines.
+
+        Args:
+            run_step: runs one call.
+            calls_back: whether other pipelines may be called meanwhile, by a callback.
+        """
         running = _running.by_dispatch
         if id(self) in running:
             raise StateError(
                 "The denoiser is in the middle of a generation in this thread: expected that to end before the next "
                 "begins. Do not call a gated pipeline from a callback of another that shares its denoiser."
             )
-        running[id(self)] = run_step
+        running[id(self)] = _Generation(run_step, calls_back, _calling_pipeline() if calls_back else None)
         try:
             yield
         finally:

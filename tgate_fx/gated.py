@@ -60,7 +60,7 @@ class Gated:
         self.networks = tuple(networks)
         self.companions = tuple(companions)
         self.disabled = 0
-        self.parameters = inspect.signature(type(pipe).__call__).parameters
+        self.parameters = _parameters(type(pipe))
         self.check(pipe, self.settled(schedule))
         self.steps: Steps | None = None
         self.runs: list[Run] = []
@@ -161,8 +161,13 @@ class Gated:
             )
 
     @contextmanager
-    def generation(self, pipe: Any, steps: Steps) -> Iterator[None]:
+    def generation(self, pipe: Any, steps: Steps, *, by_hand: bool = False) -> Iterator[None]:
         """Context manager: what the networks are called with is one generation.
+
+        Args:
+            pipe: the pipeline.
+            steps: of the generation.
+            by_hand: whether the loop is not the pipeline's own, which forgets first that its last call was interrupted.
 
         Raises:
             StateError: the pipeline is not as it was when it was gated, is in the middle of another generation, or did
@@ -170,6 +175,7 @@ class Gated:
             UnsupportedError: it cannot be gated as it is now, or had fewer steps than it said.
         """
         with self.one_at_a_time():
+            was_interrupted = by_hand and getattr(pipe, "interrupt", False)
             for each in self.all:
                 each.network.check_unchanged(pipe)
             self.steps = steps
@@ -182,10 +188,10 @@ class Gated:
                     stack.callback(each.phases.end)
                 for run in (*self.runs, *companions):
                     stack.callback(run.end)
-                    stack.enter_context(run.network.dispatch.running(run.step))
+                    stack.enter_context(run.network.dispatch.running(run.step, calls_back=steps.calls_back))
                 stack.enter_context(fresh_step_count(pipe))
                 yield
-            if getattr(pipe, "interrupt", False):
+            if getattr(pipe, "interrupt", False) and not was_interrupted:
                 return
             steps.check_ran_all()
             # A generation may rightly end before its first step, with too little strength for one.
@@ -259,12 +265,28 @@ def check_not_gated(pipe: Any) -> None:
         )
 
 
+def _parameters(pipeline_class: type[Any]) -> Mapping[str, inspect.Parameter]:
+    """Return the parameters of a pipeline's call, and those of the calls it overrides where it takes any keyword."""
+    found: dict[str, inspect.Parameter] = {}
+    for cls in pipeline_class.__mro__:
+        if "__call__" not in vars(cls):
+            continue
+        own = inspect.signature(vars(cls)["__call__"]).parameters
+        hands_on_positions = any(each.kind is inspect.Parameter.VAR_POSITIONAL for each in found.values())
+        for name, parameter in own.items():
+            by_name = found and not hands_on_positions and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+            found.setdefault(name, parameter.replace(kind=parameter.KEYWORD_ONLY) if by_name else parameter)
+        if not any(each.kind is inspect.Parameter.VAR_KEYWORD for each in own.values()):
+            break
+    return found
+
+
 def _bound(parameters: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str) -> Any:
     """Return what a call of the pipeline binds to this parameter, its default included; None if there is none."""
     if name in kwargs:
         return kwargs[name]
-    names = list(parameters)
-    if name not in names:
+    if name not in parameters:
         return None
-    position = names.index(name)
+    names = [each for each, parameter in parameters.items() if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+    position = names.index(name) if name in names else len(args)
     return args[position] if position < len(args) else parameters[name].default

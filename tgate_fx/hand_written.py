@@ -31,7 +31,7 @@ def generation(pipe: Any, steps: int, *, guided: bool) -> Iterator[None]:
             their number; other rows, or no two branches.
 
     Example:
-        >>> with tgate_fx.generation(pipe, 25, guided=True):  # doctest: +SKIP
+        >>> with torch.no_grad(), tgate_fx.generation(pipe, 25, guided=True):  # doctest: +SKIP
         ...     for t in pipe.scheduler.timesteps:
         ...         noise = pipe.unet(torch.cat([latents] * 2), t, text).sample
     """
@@ -52,5 +52,5 @@ def generation(pipe: Any, steps: int, *, guided: bool) -> Iterator[None]:
         calls_back=True,  # what runs between the steps is not known
         only_conditional=False,
     )
-    with gated.generation(pipe, said):
+    with gated.generation(pipe, said, by_hand=True):
         yield

@@ -23,18 +23,23 @@ def described(value: Any) -> str:
         return repr({key: described(each) for key, each in value.items()})
     if isinstance(value, (list, tuple)):
         return repr([described(each) for each in value])
-    data = value.numpy(force=True).tobytes() if isinstance(value, torch.Tensor) else None
+    data = None
+    if isinstance(value, torch.Tensor):  # as bytes, for numpy lacks bfloat16
+        data = value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes()
     if hasattr(value, "tobytes"):  # arrays of numpy, and images
         data = value.tobytes()
     return repr(value) if data is None else hashlib.sha256(data).hexdigest()
 
 
-def described_pipeline(gated: Gated) -> dict[str, str]:
+def described_pipeline(pipe: Any, gated: Gated) -> dict[str, str]:
     """Return what tells a gated pipeline from another one: its weights among it."""
+    scheduler = getattr(pipe, "scheduler", None)
     parameters = (weight for each in gated.networks for weight in each.network.module.parameters())
     weights = [checksum(weight.detach()) for weight in parameters if can_be_read(weight)]
     return {
         "schedule": repr(gated.schedule),
+        "scheduler": repr((type(scheduler).__name__, sorted(dict(getattr(scheduler, "config", {})).items()))),
+        "deep branches": repr([each.network.branch for each in gated.networks]),
         "how": gated.networks[0].phases.describe(),
         "devices": str(gated.devices),
         "weights": hashlib.sha256(repr(weights).encode()).hexdigest(),

@@ -147,7 +147,12 @@ def tune(
         )
     _check_not_ours("the call", call)
     given = [{}, *(_default_settings() if settings is None else map(_checked_setting, settings))]
-    what = {"prompts": list(prompts), "seed": seed, "call": described(call), "pipeline": described_pipeline(gated)}
+    what = {
+        "prompts": list(prompts),
+        "seed": seed,
+        "call": described(call),
+        "pipeline": described_pipeline(pipe, gated),
+    }
     kept = Kept(None if work is None else Path(work), what)
     for index, prompt in enumerate(track(prompts, "tgate_fx: tuning", transient=True)):
         _try_all(pipe, given, {**call, "prompt": prompt}, index, seed + index, kept)
