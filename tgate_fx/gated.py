@@ -272,10 +272,10 @@ def _parameters(pipeline_class: type[Any]) -> Mapping[str, inspect.Parameter]:
         if "__call__" not in vars(cls):
             continue
         own = inspect.signature(vars(cls)["__call__"]).parameters
-        hands_on_positions = any(each.kind is inspect.Parameter.VAR_POSITIONAL for each in found.values())
+        by_name = bool(found) and all(each.kind is not inspect.Parameter.VAR_POSITIONAL for each in found.values())
         for name, parameter in own.items():
-            by_name = found and not hands_on_positions and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-            found.setdefault(name, parameter.replace(kind=parameter.KEYWORD_ONLY) if by_name else parameter)
+            becomes = by_name and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+            found.setdefault(name, parameter.replace(kind=parameter.KEYWORD_ONLY) if becomes else parameter)
         if not any(each.kind is inspect.Parameter.VAR_KEYWORD for each in own.values()):
             break
     return found
