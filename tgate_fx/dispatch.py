@@ -43,6 +43,10 @@ class _Generation(NamedTuple):
     calls_back: bool
     caller: Any
 
+    def takes_call(self) -> bool:
+        """Return whether the call that is being made is one of its own, not of a pipeline that a callback called."""
+        return not self.calls_back or _calling_pipeline() is self.caller
+
 
 class _Running(threading.local):
     """What takes the calls of each dispatch, for the generations that this thread is in the middle of."""
@@ -94,8 +98,8 @@ class Dispatch(ForwardPatch):
         if torch.compiler.is_dynamo_compiling():  # somebody else's graph around this denoiser
             return self.original_forward(*args, **kwargs)
         generation = _running.by_dispatch.get(id(self))
-        owned = self.owners - {SPLIT, COPIED}
-        if generation is None and not self._warned and owned and _calling_pipeline() is None:
+        run_step = generation.run_step if generation is not None and generation.takes_call() else None
+        if run_step is None and not self._warned and self.owners - {SPLIT, COPIED} and _calling_pipeline() is None:
             self._warned = True
             warnings.warn(
                 f"The {type(self._module).__name__} of a gated pipeline was called outside of a generation, and ran "
@@ -103,13 +107,8 @@ class Dispatch(ForwardPatch):
                 "steps, guided=...).",
                 stacklevel=_OUTSIDE_OF_TORCH,
             )
-        is_own = generation is not None and not (
-            generation.calls_back and _calling_pipeline() is not generation.caller  # a callback called another one
-        )
         with self.lock:
-            if generation is None or not is_own:
-                return self.original_forward(*args, **kwargs)
-            return generation.run_step(args, kwargs)
+            return self.original_forward(*args, **kwargs) if run_step is None else run_step(args, kwargs)
 
     @classmethod
     def of(cls, denoiser: nn.Module) -> Dispatch | None:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import nn
 
+from . import private
 from .cache import StaticCache
 from .errors import UnsupportedError
 from .roles import Kind
@@ -216,16 +217,17 @@ class GuidanceIsOn:
         self._pipe = pipe
         self._given = guidance_scale
         self._scale: torch.Tensor | None = None
-        self._version = 0
+        self._version: int | None = None
         self._is_on = False
 
     def __call__(self) -> bool:
         """Return it."""
         scale = getattr(self._pipe, "guidance_scale", None)
-        if not isinstance(scale, torch.Tensor) or scale.is_inference():  # which may change without a trace
+        version = private.version_of(scale) if isinstance(scale, torch.Tensor) else None
+        if version is None:  # a number, or a tensor of which writes are not counted
             return _guidance_is_on(self._pipe, self._given)
-        if scale is not self._scale or scale._version != self._version:
-            self._scale, self._version = scale, scale._version
+        if scale is not self._scale or version != self._version:
+            self._scale, self._version = scale, version
             self._is_on = _guidance_is_on(self._pipe, self._given)
         return self._is_on
 
