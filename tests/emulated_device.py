@@ -21,6 +21,7 @@ aten = torch.ops.aten
 
 _COPIES = {aten.copy_.default, aten._copy_from.default, aten._to_copy.default}
 _INDEXES = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
+_TAKE_BOTH = _COPIES | _INDEXES
 
 # Whose result the host needs, in its value or its shape.
 _READ = {
@@ -75,7 +76,7 @@ class OnDevice(torch.Tensor):
         return format(self.item() if self.dim() == 0 else repr(self), form)
 
 
-class _Module(getattr(registration, "_DummyBackendModule", object)):  # type: ignore[misc]
+class _Module(getattr(registration, "_DummyBackendModule", object)):
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.float16, torch.bfloat16]
 
@@ -95,7 +96,7 @@ def _run(kernel: Any, *args: Any, **kwargs: Any) -> Any:
     tensors = [each for each in tree_iter((args, kwargs)) if isinstance(each, torch.Tensor)]
     there = [each for each in tensors if isinstance(each, OnDevice)]
     here = [each for each in tensors if not isinstance(each, OnDevice) and each.dim()]
-    if there and here and kernel not in _COPIES | _INDEXES:
+    if there and here and kernel not in _TAKE_BOTH:
         raise RuntimeError(
             f"{kernel} was given tensors of the device, and of the CPU: {[[*each.shape] for each in here]}"
         )
