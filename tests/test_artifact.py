@@ -32,7 +32,7 @@ from tests.conftest import CountingBackend
 from tests.test_compile import relative_error
 from tests.test_frozen_weights import Scaled
 from tests.test_refusals import says
-from tests.zoo import wan
+from tests.zoo import entry_of
 from tgate_fx.artifact import fingerprint, weights_file
 from tgate_fx.artifact import manifest as manifest_module
 from tgate_fx.artifact.contents import check
@@ -604,7 +604,7 @@ def test_where_phases_cannot_be_packages_torchs_caches_are_kept(tmp_path: Path) 
 @pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.*:FutureWarning")  # by torch itself
 def test_a_video(tmp_path: Path) -> None:
     """Its pipeline leaves a registry of hooks on the denoiser, and guides in separate calls."""
-    entry = next(entry for entry in wan.ENTRIES if entry.pipeline == "WanPipeline")
+    entry = entry_of("WanPipeline")
     call = entry.inputs()
     for name in ("num_inference_steps", "generator", "output_type"):
         del call[name]
@@ -619,7 +619,7 @@ def test_a_video(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.inductor
 def test_caches_of_two_denoisers(tmp_path: Path) -> None:
-    entry = next(entry for entry in wan.ENTRIES if entry.pipeline == "WanPipeline 2.2 14B")
+    entry = entry_of("WanPipeline 2.2 14B")
     call = {name: value for name, value in entry.inputs().items() if name not in ("num_inference_steps", "generator")}
     del call["output_type"]
     pipe = tgate_fx.compile(entry.make(), gate_step=2, regional=True)
@@ -633,7 +633,7 @@ def test_caches_of_two_denoisers(tmp_path: Path) -> None:
 
 
 def test_packages_are_of_one_denoiser(tmp_path: Path) -> None:
-    entry = next(entry for entry in wan.ENTRIES if entry.pipeline == "WanPipeline 2.2 14B")
+    entry = entry_of("WanPipeline 2.2 14B")
     pipe = tgate_fx.compile(entry.make(), gate_step=2)
     with pytest.raises(tgate_fx.UnsupportedError, match=says("transformer and transformer_2", "regional=True")):
         tgate_fx.save(pipe, tmp_path / "artifact", prompt="a cat")

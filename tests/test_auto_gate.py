@@ -13,7 +13,7 @@ from tests import oracle, tiny, zoo
 from tests.conftest import CountingBackend
 from tests.test_compile import relative_error
 from tests.test_refusals import says
-from tests.zoo import controlnet, wan
+from tests.zoo import controlnet, entry_of
 from tgate_fx import auto_gate
 
 STEPS = 8
@@ -89,7 +89,7 @@ def test_earliest_latest_and_never() -> None:
 
 
 def test_separate_calls() -> None:
-    entry = next(entry for entry in wan.ENTRIES if entry.pipeline == "WanPipeline")
+    entry = entry_of("WanPipeline")
     pipe = entry.make()
     outputs: list[torch.Tensor] = []
     record = pipe.transformer.register_forward_hook(

@@ -14,11 +14,12 @@ from tests.conftest import CountingBackend
 from tests.test_companions import SometimesControlled, network_of
 from tests.test_companions import make as make_controlled
 from tests.test_compile import relative_error
-from tests.test_families import ENTRIES, calls_of, outputs_of
 from tests.test_families import by_hooks as by_hooks_of_entry
+from tests.test_families import calls_of, outputs_of
 from tests.test_refusals import says
 from tests.test_rules import GATE, ONE_BRANCH, STEPS, alpha, by_hooks, generate, level_of, with_velocity
 from tests.test_schedule import table
+from tests.zoo import entry_of
 from tgate_fx.schedule import Schedule
 
 GUIDED: dict[str, Any] = {"after_gate": "guided", "cache_weight": 1.0}
@@ -105,7 +106,7 @@ def test_a_full_step_outside_the_window_renews_what_is_cached_for_a_callback_too
 
 
 def test_separate_calls() -> None:
-    entry = next(entry for entry in ENTRIES if entry.pipeline == "WanPipeline")
+    entry = entry_of("WanPipeline")
     pipe = entry.make()
 
     def run() -> torch.Tensor:

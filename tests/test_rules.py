@@ -17,7 +17,7 @@ from tests.test_compile import relative_error
 from tests.test_families import ENTRIES, calls_of, outputs_of
 from tests.test_families import by_hooks as by_hooks_of_entry
 from tests.test_refusals import says
-from tests.zoo import adapters, controlnet, entry_of, wan
+from tests.zoo import adapters, controlnet, entry_of
 from tgate_fx.forecast import Forecast
 
 GATE = 3
@@ -139,7 +139,7 @@ def test_guidance_that_goes_on(
 
 
 def test_guidance_that_goes_on_in_separate_calls() -> None:
-    entry = next(entry for entry in wan.ENTRIES if entry.pipeline == "WanPipeline")
+    entry = entry_of("WanPipeline")
     pipe = entry.make()
     sites = [site.name for site in tgate_fx.sites(pipe)]
     sigmas = []
@@ -238,7 +238,7 @@ def test_the_window_ends_before_the_gate() -> None:
 
 
 def test_a_window_in_separate_calls() -> None:
-    entry = next(entry for entry in wan.ENTRIES if entry.pipeline == "WanPipeline")
+    entry = entry_of("WanPipeline")
     pipe = entry.make()
     seen: list[Any] = []
 
@@ -325,7 +325,7 @@ def test_schedulers_that_a_rule_is_refused_with() -> None:
 
 
 def test_guidance_cannot_go_on_from_where_all_is_noise() -> None:
-    entry = next(entry for entry in wan.ENTRIES if entry.pipeline == "WanPipeline")
+    entry = entry_of("WanPipeline")
     pipe = entry.make()
     pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     tgate_fx.gate(pipe, 1, after_gate="guided")
@@ -347,7 +347,7 @@ def test_guidance_cannot_go_on_from_where_nearly_all_is_noise() -> None:
             with pytest.raises(tgate_fx.UnsupportedError, match=says("nothing but noise", r"AutoGate(earliest=2)")):
                 generate(pipe, gate_step=early)
         assert torch.equal(generate(pipe, gate_step=tgate_fx.AutoGate(-1, earliest=2)), expected)
-    entry = next(entry for entry in wan.ENTRIES if entry.pipeline == "WanPipeline")
+    entry = entry_of("WanPipeline")
     pipe = entry.make()
     pipe.scheduler = diffusers.UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0

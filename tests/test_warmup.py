@@ -11,7 +11,7 @@ import tgate_fx
 from tests import tiny
 from tests.conftest import CountingBackend
 from tests.test_refusals import says
-from tests.zoo import wan
+from tests.zoo import entry_of
 
 SETTINGS = [
     pytest.param("sd-small", {"gate_step": 0.4}, marks=pytest.mark.slow),
@@ -51,7 +51,7 @@ def test_as_many_steps_as_a_low_strength_takes(family: str, backend: CountingBac
 
 @pytest.mark.slow
 def test_both_denoisers_are_reached(backend: CountingBackend) -> None:
-    entry = next(entry for entry in wan.ENTRIES if entry.pipeline == "WanPipeline 2.2 14B")
+    entry = entry_of("WanPipeline 2.2 14B")
     pipe = tgate_fx.compile(entry.make(), gate_step=0.5, backend=backend)
     call = entry.inputs()
     del call["num_inference_steps"]
