@@ -238,6 +238,10 @@ def test_offloaded_weights_are_refused(tmp_path: Path) -> None:
     accelerate.cpu_offload_with_hook(pipe.unet, execution_device="cpu")
     with pytest.raises(tgate_fx.UnsupportedError, match=says("accelerate", "pipe.unet", "without offloading")):
         tgate_fx.save(pipe, tmp_path / "artifact", **SIZE)
+    accelerate.hooks.remove_hook_from_module(pipe.unet)
+    accelerate.dispatch_model(pipe.unet, {"": "cpu"}, force_hooks=True)
+    with pytest.raises(tgate_fx.UnsupportedError, match=says("pipe.unet", "device map", "pipe.reset_device_map()")):
+        tgate_fx.save(pipe, tmp_path / "artifact", **SIZE)
     assert not (tmp_path / "artifact").exists()
 
 

@@ -43,6 +43,14 @@ def by_groups(level: str, **settings: Any) -> Callable[[Any], None]:
     return offload
 
 
+def mapped(pipe: Any) -> None:
+    """As from_pretrained(..., device_map="balanced") does."""
+    for model in pipe.components.values():
+        if isinstance(model, nn.Module):
+            accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    pipe.hf_device_map = dict.fromkeys(pipe.components, "cpu")
+
+
 def casting(pipe: Any) -> None:
     pipe.transformer.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
 
@@ -52,6 +60,7 @@ HOW: dict[str, Callable[[Any], None]] = {
     "leaf": by_groups("leaf_level"),
     "block": by_groups("block_level", num_blocks_per_group=1),
     "casting": casting,
+    "mapped": mapped,
 }
 
 
@@ -94,6 +103,7 @@ SAYS = {
     "leaf": ("group offloading", "regional=True", "only then", 'offload_type="block_level"', "tgate_fx.gate"),
     "block": ("group offloading", "regional=True", "only then", 'offload_type="block_level"', "tgate_fx.gate"),
     "casting": ("layerwise casting", "Quantize the weights", "tgate_fx.gate"),
+    "mapped": ("a device map", "pipe.reset_device_map()", "tgate_fx.gate"),
 }
 
 
@@ -115,6 +125,19 @@ def test_what_cannot_be_compiled_is_refused(how: str, before: bool, regional: bo
     tgate_fx.restore(pipe)
     tgate_fx.gate(pipe, GATE)
     assert torch.isfinite(tiny.latents(pipe, **KWARGS)).all()
+
+
+def test_a_device_map_is_left_as_the_refusal_says(backend: CountingBackend) -> None:
+    expected = tiny.latents(tgate_fx.gate(tiny.make(FAMILY), GATE), **KWARGS)
+    pipe = tiny.make(FAMILY)
+    mapped(pipe)
+    tgate_fx.compile(pipe, GATE, backend=backend)
+    with pytest.raises(tgate_fx.UnsupportedError, match="reset_device_map"):
+        pipe(**KWARGS)
+    pipe.reset_device_map()
+    pipe.to("cpu")
+    assert torch.equal(tiny.latents(pipe, **KWARGS), expected)
+    assert len(backend.graphs) == 2
 
 
 @pytest.mark.slow

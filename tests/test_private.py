@@ -332,6 +332,8 @@ def test_without_the_names_of_hooks_none_are_seen() -> None:
     assert private.untraceable(module) == ["group_offloading"]
     vars(module).update(_hf_hook=object())
     assert private.untraceable(module) == ["group_offloading", "accelerate"]
+    vars(module).update(_hf_hook=SimpleNamespace(offload=False))
+    assert private.untraceable(module) == ["group_offloading", "device_map"]
     without = nn.Linear(1, 1)
     vars(without).update(of_another_name=SimpleNamespace(hooks={"a_cache": keeps, "group_offloading": moves}))
     assert private.caching_hooks(without) == private.untraceable(without) == []

@@ -64,14 +64,16 @@ def caching_hooks(module: nn.Module) -> list[str]:
 
 
 def untraceable(module: nn.Module) -> list[str]:
-    """Return what is on a module that Dynamo cannot trace: "accelerate" for a hook of its, and the names of diffusers'
-    hooks and of tomesd's class. Without the names: the first generation raises a `CompileError` that names the cause in
-    Dynamo's words.
+    """Return what is on a module that Dynamo cannot trace: "accelerate" for a hook of its that may move weights,
+    "device_map" for one that moves inputs only, and the names of diffusers' hooks and of tomesd's class. Without the
+    names: the first generation raises a `CompileError` that names the cause in Dynamo's words.
     """
     state = vars(module)
     found = [name for name in getattr(state.get("_diffusers_hook"), "hooks", ()) if name in _UNTRACEABLE_HOOKS]
-    if state.get("_hf_hook") is not None:
-        found.append("accelerate")
+    hook = state.get("_hf_hook")
+    if hook is not None:
+        stays = all(getattr(each, "offload", True) is False for each in getattr(hook, "hooks", (hook,)))
+        found.append("device_map" if stays else "accelerate")
     if type(module).__name__ == "ToMeBlock":
         found.append("ToMeBlock")
     return found

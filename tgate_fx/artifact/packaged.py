@@ -171,13 +171,22 @@ class PackagedPhases(Phases):
 
 
 def check_not_offloaded(networks: Sequence[Network]) -> None:
-    """Raise `UnsupportedError` if weights rest on another device than the one that computes, which is then unknown."""
+    """Raise `UnsupportedError` if weights rest on another device than the one that computes, which is then unknown, or
+    if a device map's hooks are on the denoiser, which an artifact does not know from one pipeline to the next.
+    """
     for each in networks:
-        if "accelerate" in untraceable(each.module):
+        found = untraceable(each.module)
+        if "accelerate" in found:
             raise UnsupportedError(
                 f"accelerate moves the weights of pipe.{each.attribute} in every generation "
                 "(enable_model_cpu_offload), and an artifact is for weights that stay where they are: expected a "
                 "pipeline without offloading. Move it to its device with pipe.to(...) instead, or use tgate_fx.compile."
+            )
+        if "device_map" in found:
+            raise UnsupportedError(
+                f"pipe.{each.attribute} has hooks of accelerate's (a device map, or enable_sequential_cpu_offload): "
+                "expected a pipeline without them, for an artifact is of one device. Call pipe.reset_device_map() or "
+                "pipe.remove_all_hooks(), and move the pipeline with pipe.to(...)."
             )
 
 

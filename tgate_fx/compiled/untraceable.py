@@ -16,6 +16,10 @@ _WAYS_OUT = {
         "accelerate's hook, by which enable_sequential_cpu_offload moves weights",
         f"Call enable_model_cpu_offload instead, which moves whole models, or {_GATE}.",
     ),
+    "device_map": (
+        "accelerate's hook, by which a device map moves inputs to weights",
+        f"Call pipe.reset_device_map() and pipe.to(...), which leave no hooks, or {_GATE}.",
+    ),
     "group_offloading": (
         "group offloading",
         "Give regional=True to tgate_fx.compile, and only then enable group offloading, with "
@@ -24,6 +28,9 @@ _WAYS_OUT = {
     "layerwise_casting": ("layerwise casting", f"Quantize the weights instead (torchao), or {_GATE}."),
     "ToMeBlock": ("token merging (tomesd)", f"Call tomesd.remove_patch(pipe), or {_GATE}."),
 }
+
+# What lies over the forward that is compiled where it is on the compiled module itself, and so stays out of the graph.
+_OVER = ("accelerate", "device_map")
 
 
 def check_stays(name: str, denoiser: nn.Module, settings: str) -> None:
@@ -54,7 +61,7 @@ def check_traceable(name: str, unit: nn.Module, patch: ForwardPatch) -> None:
     """
     for inner, module in unit.named_modules():
         for found in private.untraceable(module):
-            is_over = module is unit and (found == "accelerate" or not patch.is_outermost)
+            is_over = module is unit and (found in _OVER or not patch.is_outermost)
             if not is_over:
                 what, way_out = _WAYS_OUT[found]
                 raise UnsupportedError(
