@@ -322,12 +322,20 @@ def test_schedulers_that_a_rule_is_refused_with() -> None:
     with pytest.raises(tgate_fx.UnsupportedError, match=says("'v_prediction' at levels between those of its steps")):
         generate(pipe, after_gate="guided")
     generate(pipe)
+    entry = entry_of("HeliosPyramidPipeline of two stages")
+    pipe = tgate_fx.gate(entry.make(), GATE, after_gate="guided")
+    with pytest.raises(tgate_fx.UnsupportedError, match=says("HeliosScheduler", "'flow_prediction' in stages")):
+        entry.run(pipe)
+    entry.run(pipe, after_gate="positive")
 
 
-def test_guidance_cannot_go_on_from_where_all_is_noise() -> None:
-    entry = entry_of("WanPipeline")
+@pytest.mark.parametrize("pipeline", ["WanPipeline", "LongCatAudioDiTPipeline"])
+def test_guidance_cannot_go_on_from_where_all_is_noise(pipeline: str) -> None:
+    """At a sigma of 1, or of 0 where a schedule is inverted."""
+    entry = entry_of(pipeline)
     pipe = entry.make()
-    pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    if pipeline == "WanPipeline":
+        pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     tgate_fx.gate(pipe, 1, after_gate="guided")
     with pytest.raises(tgate_fx.UnsupportedError, match=says("nothing but noise", "Give gate_step=2 or more")):
         entry.run(pipe)
@@ -446,7 +454,10 @@ def level_of(pipe: Any, plain: Callable[[], Any]) -> Callable[[int], float] | No
     sigmas = scheduler.sigmas.tolist() if hasattr(scheduler, "sigmas") else [float("inf")]
     if predicts == "v_prediction":
         return lambda step: (1 + sigmas[step] ** 2) ** -0.5
-    return (lambda step: 1 - sigmas[step]) if predicts == "flow_prediction" and max(sigmas) <= 1 else None
+    if predicts != "flow_prediction" or max(sigmas) > 1:
+        return None
+    begins_with_noise = sigmas[0] > sigmas[-1]  # otherwise the schedule is inverted, and noise is at 0
+    return lambda step: 1 - sigmas[step] if begins_with_noise else sigmas[step]
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 A model that predicts the velocity v, or a flow, predicts noise times a number that depends on the step: from the last
 full step to a later one its difference changes by the ratio of these. At a given x, v = α ε − σ x₀ of x = α x₀ + σ ε
 (Salimans and Ho, arXiv:2202.00512) means Δε = α Δv; the flow ε − x₀ of x = (1 − σ) x₀ + σ ε (Lipman et al.,
-arXiv:2210.02747) means Δε = (1 − σ) Δflow.
+arXiv:2210.02747) means Δε = (1 − σ) Δflow. A scheduler that inverts its sigmas counts from noise at 0, where that is σ.
 """
 
 from __future__ import annotations
@@ -77,7 +77,9 @@ def _level(scheduler: Any) -> Level:
     alphas = getattr(scheduler, "alphas_cumprod", None)
     # Others of order 2 evaluate at levels of noise between those of their steps.
     between = getattr(scheduler, "order", 1) != 1 and not name.startswith("Heun")
-    plain = not name.startswith(_PRECONDITIONED)
+    # In each stage of several, sigmas run from 1 to 0, and noise from the stage's start to its end.
+    staged = getattr(scheduler.config, "stages", 1) > 1
+    plain = not name.startswith(_PRECONDITIONED) and not staged
     if plain and predicts == "epsilon":
         return lambda timestep, back: 1.0
     if plain and not between:
@@ -86,10 +88,11 @@ def _level(scheduler: Any) -> Level:
             if predicts == "v_prediction":
                 return _by_position(scheduler, [1 / math.hypot(1, sigma) for sigma in values])
             if predicts == "flow_prediction" and max(values) <= 1:
-                return _by_position(scheduler, [1 - sigma for sigma in values])
+                inverted = getattr(scheduler.config, "invert_sigmas", False)
+                return _by_position(scheduler, values if inverted else [1 - sigma for sigma in values])
         elif predicts == "v_prediction" and alphas is not None:
             return _by_timestep(alphas.sqrt())
-    where = " at levels between those of its steps" if between else ""
+    where = " at levels between those of its steps" if between else " in stages" if staged else ""
     raise UnsupportedError(
         f"after_gate='guided' was given with a {name} whose model predicts {predicts!r}{where}: expected noise "
         "(epsilon), v_prediction or a flow, of which it is known how guidance changes with the noise. Give "
