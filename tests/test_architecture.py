@@ -34,7 +34,7 @@ inspection pipeline warmup loaders hand_written
 artifact.private artifact.weights_file artifact.fingerprint artifact.contents artifact.manifest
 artifact.packaged artifact.caches
 artifact.save artifact.load
-tuning.mobilenet tuning.likeness tuning.kept tuning.measure tuning.show
+tuning.mobilenet tuning.likeness tuning.kept tuning.result tuning.measure tuning.show
 tgate_fx
 macs.architecture macs.images macs.wan macs.videos macs.sounds macs.architectures macs.count macs.table macs.limits
 demo.scenes demo.grid demo demo.compare

@@ -21,7 +21,8 @@ from .phase_graph import PhaseGraph
 from .pipeline import compile, disabled, gate, restore, split
 from .report import Report, StepReport
 from .sites import SiteInfo
-from .tuning.measure import Trial, Tuning, tune
+from .tuning.measure import tune
+from .tuning.result import Trial, Tuning
 from .warmup import warmup
 
 __version__ = "0.1.0.dev0"

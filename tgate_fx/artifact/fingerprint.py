@@ -26,6 +26,7 @@ _LEFT_OUT = MODULE_STATE | {DISPATCH}
 # Deep enough for what an attention processor holds, and not for the other model that accelerate's hook for offloading
 # names (``CpuOffload.prev_module_hook``): that one moves between devices.
 _DEPTH = 4
+_PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
 
 
 def structure(denoiser: nn.Module) -> dict[str, str]:
@@ -43,6 +44,11 @@ def weights(denoiser: nn.Module) -> dict[str, str]:
     """Return, for every parameter and buffer of a denoiser, a checksum of its bits."""
     tensors = [*denoiser.named_parameters(), *denoiser.named_buffers()]
     return {name: format(checksum(tensor.detach()), "x") for name, tensor in tensors}
+
+
+def digest(value: Any) -> str:
+    """Return what tells a value from others by what it holds, in another process too; code by its name only."""
+    return _digest(_Description(nn.Module()).value(value))
 
 
 def differences(saved: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
@@ -97,37 +103,41 @@ class _Description:
     def module(self, module: nn.Module) -> object:
         """Return all but a module's children and its weights' values."""
         return (
-            self._value(_own(module), _DEPTH),
+            self.value(_own(module)),
             _name(type(module)),
             sorted(name for name, _ in module.named_children()),
             [(name, _layout(tensor)) for name, tensor in _tensors(module).items()],
         )
 
-    def _value(self, value: Any, depth: int) -> object:
+    def value(self, value: Any, depth: int = _DEPTH) -> object:
+        """Return what a value holds, to some depth."""
         value = _beneath(value)
-        if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device, torch.Size)):
+        if value is None or isinstance(value, _PLAIN):
             return value
         if isinstance(value, type):
             return _name(value)
         if isinstance(value, torch.Tensor):
             return (*_layout(value), checksum(value.detach()))
+        if hasattr(value, "tobytes"):  # an array of numpy, or an image
+            kind = [str(getattr(value, name, "")) for name in ("shape", "dtype", "size", "mode")]
+            return (_name(type(value)), kind, hashlib.sha256(value.tobytes()).hexdigest())
         if isinstance(value, nn.Module):
             return (_name(type(value)), self._unlisted(value))
         if isinstance(value, (types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType)):
-            return (_name(value), [self._value(item, depth - 1) for item in _bound(value)] if depth else ())
+            return (_name(value), [self.value(item, depth - 1) for item in _bound(value)] if depth else ())
         if depth == 0:
             return _name(type(value))
         if isinstance(value, Mapping):
             # Switching something off (FreeU) may leave None where nothing was before.
             items = {str(key): item for key, item in value.items() if key not in _LEFT_OUT and item is not None}
-            return [(name, self._value(items[name], depth - 1)) for name in sorted(items)]
+            return [(name, self.value(items[name], depth - 1)) for name in sorted(items)]
         if isinstance(value, (set, frozenset)):
             return sorted(map(repr, value))
         if isinstance(value, (list, tuple)):
-            return [self._value(item, depth - 1) for item in value]
+            return [self.value(item, depth - 1) for item in value]
         if isinstance(value, functools.partial):
-            return [self._value(item, depth - 1) for item in (value.func, value.args, value.keywords)]
-        return (_name(type(value)), self._value(getattr(value, "__dict__", {}), depth - 1))
+            return [self.value(item, depth - 1) for item in (value.func, value.args, value.keywords)]
+        return (_name(type(value)), self.value(getattr(value, "__dict__", {}), depth - 1))
 
     def _unlisted(self, module: nn.Module) -> object:
         """Return everything of a module that is not among those described."""

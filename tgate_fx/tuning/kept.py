@@ -3,79 +3,97 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from ..artifact.fingerprint import digest, structure
 from ..compiled.checksum import checksum
 from ..compiled.frozen_weights import can_be_read
 from ..errors import ArgumentError
 from ..gated import Gated
 from .likeness import Likeness
 
-
-def described(value: Any) -> str:
-    """Return what tells an argument of a call from another one, in another process too."""
-    if isinstance(value, dict):
-        return repr({key: described(each) for key, each in value.items()})
-    if isinstance(value, (list, tuple)):
-        return repr([described(each) for each in value])
-    data = None
-    if isinstance(value, torch.Tensor):  # as bytes, for numpy lacks bfloat16
-        data = value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes()
-    if hasattr(value, "tobytes"):  # arrays of numpy, and images
-        data = value.tobytes()
-    return repr(value) if data is None else hashlib.sha256(data).hexdigest()
+_PACKAGES = ("torch", "diffusers", "transformers")
 
 
 def described_pipeline(pipe: Any, gated: Gated) -> dict[str, str]:
-    """Return what tells a gated pipeline from another one: its weights among it."""
+    """Return what tells a gated pipeline, and what it runs on, from others.
+
+    That is its class, the gate's schedule, its scheduler, all weights, what else the denoisers and companions are made
+    of (adapters' scales, processors, FreeU), the versions of packages, and the machine, whose seconds are measured.
+    """
     scheduler = getattr(pipe, "scheduler", None)
-    parameters = (weight for each in gated.networks for weight in each.network.module.parameters())
-    weights = [checksum(weight.detach()) for weight in parameters if can_be_read(weight)]
+    modules = {name: each for name, each in sorted(pipe.components.items()) if isinstance(each, nn.Module)}
+    weights = {
+        f"{name}.{inner}": checksum(tensor.detach())
+        for name, module in modules.items()
+        for inner, tensor in (*module.named_parameters(), *module.named_buffers())
+        if can_be_read(tensor)
+    }
+    gpus = [torch.cuda.get_device_name(device) for device in gated.devices if device.type == "cuda"]
     return {
+        "class": type(pipe).__name__,
         "schedule": repr(gated.schedule),
         "scheduler": repr((type(scheduler).__name__, sorted(dict(getattr(scheduler, "config", {})).items()))),
         "deep branches": repr([each.network.branch for each in gated.networks]),
         "how": gated.networks[0].phases.describe(),
         "devices": str(gated.devices),
         "weights": hashlib.sha256(repr(weights).encode()).hexdigest(),
+        "modules": digest([structure(each.network.module) for each in gated.all]),
+        "machine": repr((torch.get_num_threads(), torch.backends.cpu.get_cpu_capability(), gpus)),
+        "versions": repr([importlib.metadata.version(package) for package in _PACKAGES]),
     }
 
 
 def key_of(setting: Mapping[str, Any]) -> str:
     """Return the name that a setting is kept under."""
-    return json.dumps(setting, default=repr, sort_keys=True)
+    return json.dumps(setting, default=digest, sort_keys=True)
 
 
 class Kept:
     """What was measured, by setting and prompt; in a file too, if there is a directory for it.
 
+    Args:
+        folder: the directory; None to keep nothing beyond this process.
+        what: what is measured, by names for the message.
+
     Attributes:
         begun: whether this process has generated something.
+
+    Raises:
+        ArgumentError: the directory has measurements of something else, or cannot be used.
     """
 
-    def __init__(self, folder: Path | None, what: dict[str, Any]) -> None:
+    def __init__(self, folder: Path | None, what: Mapping[str, str]) -> None:
         self.begun = False
         self._rows: dict[str, dict[int, dict[str, Any]]] = {}
         self._refused: dict[str, str] = {}
         self._file = None if folder is None else folder / "measured.jsonl"
-        if folder is None:
+        if folder is None or self._file is None:
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        described = folder / "what.json"
-        if described.exists() and json.loads(described.read_text()) != what:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            before = _before(folder / "what.json", what)
+            self._read(self._file)
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise ArgumentError(
-                f"work={str(folder)!r} has measurements of another pipeline, or of other prompts, seeds or arguments: "
-                "expected those of this call. Give another directory, or remove this one."
+                f"work={str(folder)!r} cannot be used ({type(error).__name__}: {error}): expected a directory to write "
+                "to, empty or with what tune has written. Give another one."
+            ) from error
+        changed = [name for name in what if before.get(name) != what[name]]
+        if changed:
+            raise ArgumentError(
+                f"work={str(folder)!r} has measurements of another pipeline, or of other prompts, seeds or arguments "
+                f"(changed: {', '.join(changed)}): expected those of this call. Give another directory, or remove "
+                "this one."
             )
-        described.write_text(json.dumps(what))
-        if self._file is not None and self._file.exists():
-            for row in map(json.loads, self._file.read_text().splitlines()):
-                self._take(row)
 
     def has(self, setting: Mapping[str, Any], prompt: int) -> bool:
         """Return whether this was measured before, or the setting refused."""
@@ -85,9 +103,10 @@ class Kept:
         """Return what was measured of a setting, a row for each prompt."""
         return list(self._rows[key_of(setting)].values())
 
-    def add(self, setting: Mapping[str, Any], prompt: int, seconds: float, like: Likeness) -> None:
-        """Keep what was measured."""
-        self._note({"setting": key_of(setting), "prompt": prompt, "seconds": seconds, **like._asdict()})
+    def add(self, setting: Mapping[str, Any], prompt: int, seconds: float, ungated: float, like: Likeness) -> None:
+        """Keep what was measured: the seconds of a call, and those of the ungated one that it took turns with."""
+        row = {"setting": key_of(setting), "prompt": prompt, "seconds": seconds, "ungated_seconds": ungated}
+        self._note({**row, **like._asdict()})
 
     def refused(self, setting: Mapping[str, Any]) -> str | None:
         """Return why a setting was refused, if it was."""
@@ -96,6 +115,15 @@ class Kept:
     def refuse(self, setting: Mapping[str, Any], why: str) -> None:
         """Keep that a setting is refused."""
         self._note({"setting": key_of(setting), "refused": why})
+
+    def _read(self, file: Path) -> None:
+        """Take what is in a file, without a last line that was cut off as it was written."""
+        written = file.read_bytes() if file.exists() else b""
+        whole = written[: written.rfind(b"\n") + 1]
+        for row in map(json.loads, whole.splitlines()):
+            self._take(dict(row))
+        if len(whole) < len(written):
+            os.truncate(file, len(whole))
 
     def _take(self, row: dict[str, Any]) -> None:
         if "refused" in row:
@@ -108,3 +136,12 @@ class Kept:
         if self._file is not None:
             with self._file.open("a") as file:
                 file.write(json.dumps(row) + "\n")
+
+
+def _before(file: Path, what: Mapping[str, str]) -> dict[str, str]:
+    """Return what a file says was measured; write there what is to be, if there is none."""
+    if not file.exists():
+        new = file.with_suffix(".new")
+        new.write_text(json.dumps(dict(what)))
+        new.replace(file)
+    return dict(json.loads(file.read_text()))

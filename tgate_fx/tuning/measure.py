@@ -6,18 +6,19 @@ import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..errors import ArgumentError, StateError, UnsupportedError
+from ..artifact.fingerprint import digest
+from ..errors import ArgumentError, StateError, UnsupportedError, as_float, as_int
 from ..gated import gated_of
 from ..inspection import report
 from ..pipeline import disabled
-from .kept import Kept, described, described_pipeline
+from .kept import Kept, described_pipeline
 from .likeness import likeness
+from .result import NEUTRAL, Trial, Tuning
 
 # What is tried by default: gates as shares of the steps, and what is kept after them.
 _GATES = (0.2, 0.3, 0.4, 0.6)
@@ -36,73 +37,9 @@ _TRIES = 4  # at an image in which nothing is compiled
 _SMALLEST = 11  # pixels, which the structural similarity takes at once
 
 
-@dataclass(frozen=True)
-class Trial:
-    """One setting of the gate.
-
-    Attributes:
-        setting: keywords of the pipeline's call; empty for the ungated one.
-        seconds: median of an image, the whole call of the pipeline.
-        speed_up: over the ungated one.
-        psnr, ssim, perceptual: likeness to the ungated images, on average; see `tgate_fx.tuning.likeness`.
-        lowest_psnr: of all images.
-        refused: why the pipeline cannot be gated so; None if it can.
-    """
-
-    setting: dict[str, Any]
-    seconds: float = 0.0
-    speed_up: float = 1.0
-    psnr: float = 100.0
-    ssim: float = 1.0
-    perceptual: float | None = None
-    lowest_psnr: float = 100.0
-    refused: str | None = None
-
-    @property
-    def name(self) -> str:
-        """The setting in words."""
-        return ", ".join(f"{key}={value}" for key, value in self.setting.items()) or "ungated"
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """What `tune` has measured. `print` it for a table.
-
-    Attributes:
-        trials: the ungated pipeline first, then the settings from the fastest on, and last what was refused.
-        psnr, ssim: the floor that was asked for.
-    """
-
-    trials: tuple[Trial, ...]
-    psnr: float
-    ssim: float
-
-    @property
-    def recommended(self) -> Trial:
-        """The fastest setting at or above the floor; the ungated one if there is none."""
-        ungated, *others = self.trials
-        good = [each for each in others if not each.refused and each.psnr >= self.psnr and each.ssim >= self.ssim]
-        return max((ungated, *good), key=lambda each: each.speed_up)
-
-    def __str__(self) -> str:
-        width = max(len(each.name) for each in self.trials)
-        lines = [f"{'setting':<{width}}  {'seconds':>8}  {'speed-up':>8}  {'dB':>5}  {'SSIM':>5}  {'perceptual':>10}"]
-        for each in self.trials:
-            if each.refused:
-                lines.append(f"{each.name:<{width}}  refused: {each.refused.partition(': expected')[0]}")
-                continue
-            distance = "" if each.perceptual is None else f"{each.perceptual:.4f}"
-            lines.append(
-                f"{each.name:<{width}}  {each.seconds:>8.3f}  {each.speed_up:>7.2f}x  {each.psnr:>5.1f}  "
-                f"{each.ssim:>5.3f}  {distance:>10}"
-            )
-        lines.append(f"for {self.psnr:g} dB and SSIM {self.ssim:g}: {self.recommended.name}")
-        return "\n".join(lines)
-
-
 def tune(
     pipe: Any,
-    prompts: Sequence[str],
+    prompts: Iterable[str],
     *,
     settings: Iterable[Mapping[str, Any]] | None = None,
     psnr: float = 28.0,
@@ -120,50 +57,85 @@ def tune(
         pipe: a pipeline under `gate` or `compile`. Settings that need graphs of their own compile them.
         prompts: what to generate; a few dozen that are like those you serve.
         settings: what to try, as keywords of the pipeline's call such as ``{"gate_step": 8, "cache_weight": 1.0}``;
-            they go before those of ``call``. None tries gates at 20% to 60% of the steps, each with the mean and the
-            conditional branch cached, guidance that goes on, and forecasts, and an early gate with full steps after it.
+            they go before those of ``call``, and what they do not name is as ``pipe`` was gated. None tries gates at
+            20% to 60% of the steps, each with the mean and the conditional branch cached, guidance that goes on, and
+            forecasts, and an early gate with full steps after it, whatever rules ``pipe`` was gated with.
         psnr, ssim: the floor that the recommended setting reaches on average, in dB and from 0 to 1.
         seed: of the first image; the following ones have the numbers after it.
-        work: a directory to keep measurements in, from which a call with the same arguments goes on.
+        work: a directory to keep measurements in, from which a call with the same arguments goes on, on the same
+            pipeline and machine. Code is told apart by name only, such as that of a callback.
         call: what the pipeline's call needs besides, such as ``num_inference_steps``.
 
     Returns:
         The trials and the recommended one. `print` it for a table; `tgate_fx.tuning.show.plot` draws it.
 
     Raises:
-        ArgumentError: there is no prompt, or a setting is none or has a keyword that is not to be set.
+        ArgumentError: there is no prompt, a setting is none or has a keyword that is not to be set, the floor or seed
+            is no number, or ``work`` cannot be used or is of something else.
         StateError: the pipeline is not gated, or its gate is disabled.
-        UnsupportedError: torchmetrics is not installed, or the pipeline makes no images of 11×11 pixels or more.
+        UnsupportedError: torchmetrics is not installed, the pipeline takes no prompt, or it makes no images of 11×11
+            pixels or more, or images of one colour.
     """
     from rich.progress import track  # takes a tenth of a second to import
 
     gated = gated_of(pipe)
-    if isinstance(prompts, str) or not prompts:
-        raise ArgumentError(f"prompts={prompts!r} has no prompt to generate: expected a list of at least one.")
     if gated.disabled:
         raise StateError(
             "tune was called within tgate_fx.disabled, where nothing is gated: expected a pipeline whose gate is on. "
             "Call it outside of that."
         )
+    if "prompt" not in gated.parameters:
+        raise UnsupportedError(
+            f"{type(pipe).__name__} takes no prompt, and tune generates one image or video for each: expected a "
+            "pipeline with text. Compare its results with those under tgate_fx.disabled by yourself."
+        )
+    asked = _checked_prompts(prompts)
+    least_psnr, least_ssim = _checked_floor("psnr", psnr, most=100), _checked_floor("ssim", ssim, most=1)
+    first = as_int(seed)
+    if first is None or first < 0:
+        raise ArgumentError(f"seed={seed!r} ({type(seed).__name__}) is no seed: expected an int ≥ 0.")
+    if work is not None and not isinstance(work, (str, Path)):
+        raise ArgumentError(f"work={work!r} ({type(work).__name__}) is no directory: expected a path, or None.")
     _check_not_ours("the call", call)
-    given = [{}, *(_default_settings() if settings is None else map(_checked_setting, settings))]
-    what = {
-        "prompts": list(prompts),
-        "seed": seed,
-        "call": described(call),
-        "pipeline": described_pipeline(pipe, gated),
-    }
+    given = [{}, *(_default_settings() if settings is None else _checked_settings(settings))]
+    what = {"prompts": digest(asked), "seed": str(first), "call": digest(call), **described_pipeline(pipe, gated)}
     kept = Kept(None if work is None else Path(work), what)
-    for index, prompt in enumerate(track(prompts, "tgate_fx: tuning", transient=True)):
-        _try_all(pipe, given, {**call, "prompt": prompt}, index, seed + index, kept)
-    ungated = _trial({}, kept, None)
-    trials = [_trial(setting, kept, ungated.seconds) for setting in given[1:]]
-    return Tuning((ungated, *sorted(trials, key=lambda each: (each.refused is not None, each.seconds))), psnr, ssim)
+    for index, prompt in enumerate(track(asked, "tgate_fx: tuning", transient=True)):
+        _try_all(pipe, given, {**call, "prompt": prompt}, index, first + index, kept)
+    ungated, *others = (_trial(setting, kept) for setting in given)
+    others.sort(key=lambda each: (each.refused is not None, -each.speed_up))
+    return Tuning((ungated, *others), least_psnr, least_ssim)
+
+
+def _checked_prompts(prompts: Any) -> list[Any]:
+    """Return prompts as a list; raise `ArgumentError` if there is none."""
+    found = list(prompts) if isinstance(prompts, Iterable) and not isinstance(prompts, (str, bytes)) else []
+    if not found:
+        raise ArgumentError(f"prompts={prompts!r} has no prompt to generate: expected a list of at least one.")
+    return found
+
+
+def _checked_floor(name: str, value: Any, *, most: float) -> float:
+    """Return a likeness; raise `ArgumentError` if pictures cannot have it."""
+    number = as_float(value)
+    if number is None or not -most <= number <= most:
+        raise ArgumentError(
+            f"{name}={value!r} ({type(value).__name__}) is no floor: expected a number up to {most}, which equal "
+            "pictures have."
+        )
+    return number
+
+
+def _checked_settings(settings: Any) -> list[dict[str, Any]]:
+    """Return what is to be tried as a list; raise `ArgumentError` if something in it cannot be."""
+    if not isinstance(settings, Iterable):
+        raise ArgumentError(f"settings={settings!r} are no settings: expected a list of them, or None.")
+    return [_checked_setting(setting) for setting in settings]
 
 
 def _checked_setting(setting: Any) -> dict[str, Any]:
     """Return what is to be tried as a dict; raise `ArgumentError` if it cannot be."""
-    if not isinstance(setting, Mapping) or not setting:
+    if not isinstance(setting, Mapping) or not setting or not all(isinstance(key, str) for key in setting):
         raise ArgumentError(
             f"{setting!r} is no setting to try: expected keywords of the pipeline's call, such as {{'gate_step': 8}}. "
             "The ungated pipeline is measured in any case."
@@ -183,7 +155,8 @@ def _check_not_ours(whose: str, keywords: Mapping[str, Any]) -> None:
 
 
 def _default_settings() -> list[dict[str, Any]]:
-    return [*({"gate_step": gate, **rule} for gate in _GATES for rule in _RULES), _EARLY]
+    rules = [*({"gate_step": gate, **rule} for gate in _GATES for rule in _RULES), _EARLY]
+    return [{**rule, **{key: value for key, value in NEUTRAL.items() if key not in rule}} for rule in rules]
 
 
 def _try_all(
@@ -201,18 +174,28 @@ def _try_all(
     if not kept.begun:
         _generate(pipe, {}, call, seed)  # the first generation of a process takes longer
         kept.begun = True
-    ungated, seconds = _generate(pipe, {}, call, seed)
+    ungated, ungated_seconds = _generate(pipe, {}, call, seed)
+    if ungated.min() == ungated.max() or not ungated.isfinite().all():
+        raise UnsupportedError(
+            f"The ungated picture of {call['prompt']!r} is of one colour, or has values that are no numbers: expected "
+            "one to compare with. Take out the safety checker, another prompt, or another dtype."
+        )
     for setting in missing:
         try:
-            images, seconds = _generate(pipe, setting, call, seed) if setting else (ungated, seconds)
+            images, seconds = _generate(pipe, setting, call, seed) if setting else (ungated, ungated_seconds)
+            if images.shape != ungated.shape:
+                raise ArgumentError(
+                    f"the pictures {list(images.shape)} are not of the ungated ones' shape: expected "
+                    f"{list(ungated.shape)}, to compare them"
+                )
         except (ArgumentError, UnsupportedError) as error:
             kept.refuse(setting, str(error))
             continue
-        kept.add(setting, index, seconds, likeness(images, ungated))
+        kept.add(setting, index, seconds, ungated_seconds, likeness(images, ungated))
 
 
 def _generate(pipe: Any, setting: dict[str, Any], call: dict[str, Any], seed: int) -> tuple[torch.Tensor, float]:
-    """Return images [N, 3, H, W] in [0, 1], and the seconds they took, once nothing is compiled any more."""
+    """Return images [N, 3, H, W] in [0, 1], and the seconds of the call, once nothing is compiled any more."""
     for _ in range(_TRIES):
         generator = torch.Generator().manual_seed(seed)
         started = time.perf_counter()
@@ -236,18 +219,17 @@ def _as_images(result: Any) -> torch.Tensor:
     return images.flatten(0, -4).movedim(-1, 1).float()
 
 
-def _trial(setting: dict[str, Any], kept: Kept, ungated: float | None) -> Trial:
+def _trial(setting: dict[str, Any], kept: Kept) -> Trial:
     """Return what was measured of a setting, over all prompts."""
     why = kept.refused(setting)
     if why is not None:
         return Trial(setting, refused=why)
     rows = kept.rows(setting)
     distances = [row["perceptual"] for row in rows if row["perceptual"] is not None]
-    seconds = statistics.median(row["seconds"] for row in rows)
     return Trial(
         setting,
-        seconds,
-        1.0 if ungated is None else ungated / seconds,
+        seconds=statistics.median(row["seconds"] for row in rows),
+        speed_up=statistics.median(row["ungated_seconds"] / row["seconds"] for row in rows),
         psnr=statistics.fmean(row["psnr"] for row in rows),
         ssim=statistics.fmean(row["ssim"] for row in rows),
         perceptual=statistics.fmean(distances) if distances else None,

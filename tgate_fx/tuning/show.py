@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .measure import Tuning
+from .result import Tuning, words
 
 
 def plot(tuning: Tuning, path: str | Path) -> None:
@@ -25,11 +25,11 @@ def plot(tuning: Tuning, path: str | Path) -> None:
                 axis.annotate(str(each.setting.get("gate_step", "")), at, textcoords="offset points", xytext=(4, 4))
         axis.axhline(floor, color="gray", linestyle=":")
         axis.axvline(tuning.trials[0].seconds, color="black", linestyle=":", label="ungated")
-        axis.set(xlabel="seconds an image", ylabel=label)
+        axis.set(xlabel="seconds a prompt", ylabel=label)
     axes[1].legend(fontsize=8)
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
 def _rule(setting: dict[str, object]) -> str:
-    return ", ".join(f"{key}={value}" for key, value in setting.items() if key != "gate_step") or "gate"
+    return words({key: value for key, value in setting.items() if key != "gate_step"}) or "gate"
