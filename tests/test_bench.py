@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import itertools
 import json
 import multiprocessing
@@ -199,6 +200,31 @@ def test_what_is_computed_from_timings() -> None:
     assert rates["pre-gate"] == pytest.approx(pre_gate / 1.6 / 1e9)
     assert row["share_of_gemm"] == pytest.approx({phase: rate / 60.0 for phase, rate in rates.items()})
     assert rates["post-gate"] * 0.8 < 0.5 * rates["pre-gate"] * 1.6
+    # Of a batch of four a step computes as much again for each.
+    of_four = results(Race([outcomes[0]], GEMM), dataclasses.replace(WORKLOAD, batch=4), 3)["rows"][0]
+    of_one = results(Race([outcomes[0]], GEMM), WORKLOAD, 3)["rows"][0]
+    assert of_four["gflops"]["pre-gate"] == pytest.approx(4 * of_one["gflops"]["pre-gate"])
+
+
+def test_a_batch_is_called_so_and_a_race_that_failed_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outcomes = [outcome("diffusers", 0, (1.0,) * 5)]
+
+    def ran(names: tuple[str, ...], workload: Workload, rounds: int, keep: Callable[[Race], None]) -> None:
+        keep(Race(outcomes, GEMM))
+
+    monkeypatch.setattr("tgate_fx.bench.race.race", ran)
+    options = ("--only", "gated-compiled", "--steps", "5", "--gate-step", "2", "--batch", "4")
+    assert run(monkeypatch, "bench", *options) == 0
+    assert "seconds of 4 images" in " ".join(capsys.readouterr().out.split())
+    outcomes = [Outcome("diffusers", 0, failure="it broke")]
+    if importlib.util.find_spec("matplotlib") is not None:
+        options = (*options, "--plot", str(tmp_path / "x.png"))
+    assert run(monkeypatch, "bench", *options) == 2
+    said = capsys.readouterr()
+    assert "not timed: diffusers: it broke" in said.out
+    assert "no contender was timed" in said.err
 
 
 def test_the_table_fits_into_80_columns(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -374,6 +400,7 @@ def test_the_short_plot_compares_variants_at_one_gate() -> None:
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
         ),
         (("--json", "no/such/folder/x.json"), "there is no folder"),
+        (("--plot", "x.txt"), "x.txt: expected a name that ends with .png or .pdf or .svg"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(

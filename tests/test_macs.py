@@ -254,6 +254,20 @@ def test_the_command_counts_one_schedule(monkeypatch: pytest.MonkeyPatch, capsys
         assert part in said
 
 
+def test_a_model_without_guidance_is_counted_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "rows.json"
+    published = next(line for line in PUBLISHED if line.variant == "LCM, 4 steps, gate 1")
+    for options in ((), ("--unguided",)):
+        arguments = ("--arch", "sdxl-lcm", "--steps", 4, "--gate-step", 1, "--json", out, *options)
+        assert run(monkeypatch, "macs", *arguments) == 0
+        row = next(row for row in json.loads(out.read_text()) if row["variant"] == "the image")
+        assert row["macs"] == pytest.approx(published.macs, rel=0.01)
+    assert run(monkeypatch, "macs", "--arch", "demo", "--gate-step", 1, "--steps", 2) == 0
+    assert "0.00" not in capsys.readouterr().out  # a small model's are counted in G
+
+
 def test_rows_fit_into_80_columns_a_line_each(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -284,7 +298,7 @@ def test_python_m_does_what_the_command_does() -> None:
 
 def test_without_a_gated_step_all_parameters_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "rows.json"
-    for gate, read in ((25, 859_520_964), (24, 815_558_404)):
+    for gate, read in (("none", 859_520_964), (24, 815_558_404)):
         assert run(monkeypatch, "macs", "--arch", "sd15", "--gate-step", gate, "--json", out) == 0
         rows = json.loads(out.read_text())
         assert [row["params"] for row in rows if row["variant"] == "the image"] == [read]
@@ -349,6 +363,9 @@ def test_committed_limits_are_those_counted(arch: str) -> None:
         (("--arch", "sd15", "--deepcache", "3", "-1"), "branch=-1"),
         (("--arch", "wan-1.3b", "--size", "64"), "size=64 was given for Wan 2.1 1.3B, 480p"),
         (("--json", "no/such/folder/x.json"), "there is no folder"),
+        (("--gate-step", "3", "--size", "16"), "--gate-step, --size with no --arch: expected --arch alone"),
+        (("--limits", "--arch", "sd15", "--unguided"), "--guided with --limits: expected --arch alone"),
+        (("--arch", "sdxl-lcm", "--steps", "4"), "--gate-step 10 of --steps 4: expected less"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor
+from PIL import Image
 
 import tgate_fx
 from tests import tiny
 from tests.conftest import run
 from tests.test_refusals import says
-from tests.zoo import sana, wan
+from tests.zoo import entry_of, sana, wan
+from tgate_fx.artifact.fingerprint import digest
 from tgate_fx.tuning import measure
-from tgate_fx.tuning.kept import described
 from tgate_fx.tuning.likeness import _WEIGHTS, likeness
-from tgate_fx.tuning.measure import Trial, Tuning
+from tgate_fx.tuning.result import Trial, Tuning
 from tgate_fx.tuning.show import plot
 
 pytest.importorskip("torchmetrics")
@@ -54,18 +58,125 @@ def test_features_tell_more_from_less() -> None:
     assert 0 < near < far
 
 
-def test_another_scheduler_or_deep_branch_is_measured_anew(tmp_path: Path) -> None:
-    call = {"height": 24, "width": 24, "num_inference_steps": 4, "settings": [{"gate_step": 2}]}
+CALL: dict[str, Any] = {"height": 24, "width": 24, "num_inference_steps": 4, "settings": [{"gate_step": 2}]}
+
+
+def other_weights(module: torch.nn.Module) -> None:
+    with torch.no_grad():
+        next(module.parameters()).add_(1)
+
+
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "scheduler": lambda pipe: setattr(pipe, "scheduler", tiny.scheduler("EulerDiscrete")),
+    "FreeU": lambda pipe: pipe.enable_freeu(0.5, 0.5, 1.8, 1.8),
+    "VAE": lambda pipe: other_weights(pipe.vae),
+    "text encoder": lambda pipe: other_weights(pipe.text_encoder),
+    "processors": lambda pipe: pipe.unet.set_attn_processor(AttnProcessor()),
+    "schedule": lambda pipe: (tgate_fx.restore(pipe), tgate_fx.gate(pipe, 3, sp_interval=2)),
+    "compiled": lambda pipe: (tgate_fx.restore(pipe), tgate_fx.compile(pipe, 3, backend="eager")),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_was_changed_is_measured_anew(change: str, tmp_path: Path) -> None:
     pipe = tgate_fx.gate(tiny.make("sd-small"), 3)
-    tgate_fx.tune(pipe, PROMPTS[:1], work=tmp_path / "scheduler", **call)
-    pipe.scheduler = tiny.scheduler("EulerDiscrete")
+    for _ in range(2):  # a generation changes nothing
+        tgate_fx.tune(pipe, PROMPTS[:1], work=tmp_path, **CALL)
+    CHANGES[change](pipe)
     with pytest.raises(tgate_fx.ArgumentError, match="measurements of another pipeline"):
-        tgate_fx.tune(pipe, PROMPTS[:1], work=tmp_path / "scheduler", **call)
+        tgate_fx.tune(pipe, PROMPTS[:1], work=tmp_path, **CALL)
+
+
+def test_another_deep_branch_or_companion_is_measured_anew(tmp_path: Path) -> None:
     deep = [tgate_fx.gate(tiny.make("sd"), 3, deepcache=tgate_fx.DeepCache(2, branch)) for branch in (0, 3)]
-    tgate_fx.tune(deep[0], PROMPTS[:1], work=tmp_path / "branch", **call)
-    with pytest.raises(tgate_fx.ArgumentError, match="measurements of another pipeline"):
-        tgate_fx.tune(deep[1], PROMPTS[:1], work=tmp_path / "branch", **call)
-    assert described(torch.ones(2, dtype=torch.bfloat16)) != described(torch.zeros(2, dtype=torch.bfloat16))
+    tgate_fx.tune(deep[0], PROMPTS[:1], work=tmp_path / "branch", **CALL)
+    with pytest.raises(tgate_fx.ArgumentError, match=says("another pipeline", "changed: deep branches")):
+        tgate_fx.tune(deep[1], PROMPTS[:1], work=tmp_path / "branch", **CALL)
+    entry = entry_of("StableDiffusionControlNetPipeline")
+    pipe = tgate_fx.gate(entry.make(), 2)
+    call = {**entry.inputs(), "settings": CALL["settings"]}
+    for name in ("generator", "output_type", "latents"):
+        call.pop(name, None)
+    tgate_fx.tune(pipe, [None], work=tmp_path / "companion", **call)
+    other_weights(pipe.controlnet)
+    with pytest.raises(tgate_fx.ArgumentError, match=says("another pipeline", "changed: weights")):
+        tgate_fx.tune(pipe, [None], work=tmp_path / "companion", **call)
+
+
+def calls_back(pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    return kwargs
+
+
+def test_arguments_are_told_apart_by_what_they_hold(tmp_path: Path) -> None:
+    pipe = tgate_fx.gate(tiny.make("sd-small"), 3)
+    latents = [torch.zeros(1, 4, 12, 12), torch.zeros(1, 4, 12, 12)]
+    latents[1][0, 0, 6, 6] = 1  # which a tensor of this size does not print
+    settings = [{"gate_step": 2, "latents": each} for each in latents]
+    call = {**CALL, "settings": settings, "callback_on_step_end": functools.partial(calls_back)}
+    first = tgate_fx.tune(pipe, PROMPTS[:1], work=tmp_path, **call)
+    assert first.trials[1].psnr != first.trials[2].psnr
+    again = {**call, "settings": [{**each, "latents": each["latents"].clone()} for each in settings]}
+    again["callback_on_step_end"] = functools.partial(calls_back)  # the same, elsewhere in memory
+    found = tgate_fx.tune(pipe, PROMPTS[:1], work=tmp_path, **again)
+    assert [each.seconds for each in found.trials] == [each.seconds for each in first.trials]
+    for one, other in ((torch.ones, torch.zeros), (np.ones, np.zeros)):
+        assert digest(one(2)) != digest(other(2))
+        assert digest(one((2, 3))) != digest(one((3, 2)))
+    pixels = [Image.new("RGB", (2, 2), colour) for colour in ("red", "red", "blue")]
+    assert digest(pixels[0]) == digest(pixels[1]) != digest(pixels[2])
+
+
+def test_speed_ups_are_of_turns_taken_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that was slower when it went on changes no ratio."""
+    pipe = tgate_fx.gate(tiny.make("sd-small"), 3)
+    generate, slow = measure._generate, [1.0]
+
+    def timed(pipe: Any, setting: dict[str, Any], *args: Any) -> tuple[torch.Tensor, float]:
+        return generate(pipe, setting, *args)[0], slow[0] * (1.0 if not setting else 0.5)
+
+    monkeypatch.setattr(measure, "_generate", timed)
+    tgate_fx.tune(pipe, PROMPTS, work=tmp_path, **CALL)
+    slow[0] = 10.0
+    both = [{"gate_step": 2}, {"gate_step": 3}]
+    found = tgate_fx.tune(pipe, PROMPTS, work=tmp_path, **{**CALL, "settings": both})
+    assert [each.speed_up for each in found.trials] == [1.0, 2.0, 2.0]
+
+
+def test_default_settings_have_none_of_the_pipelines_own_rules(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "_GATES", (0.5,))
+    call = {"height": 24, "width": 24, "num_inference_steps": 5}
+    own = {"cache_weight": 1.0, "after_gate": "guided", "full_steps": (3,), "forecast": 2}
+    plain = tgate_fx.tune(tgate_fx.gate(tiny.make("sd-small"), 3), PROMPTS[:1], **call)
+    ruled = tgate_fx.tune(tgate_fx.gate(tiny.make("sd-small"), 3, **own), PROMPTS[:1], **call)
+    assert {each.name: each.psnr for each in plain.trials} == {each.name: each.psnr for each in ruled.trials}
+    assert "gate_step=0.5, cache_weight=0.5" in {each.name for each in plain.trials}
+
+
+@pytest.mark.parametrize("cut", ["", '{"setting": "{}", "pro'])
+def test_it_goes_on_from_a_row_that_was_cut_off(cut: str, tmp_path: Path) -> None:
+    pipe = tgate_fx.gate(tiny.make("sd-small"), 3)
+    first = tgate_fx.tune(pipe, PROMPTS, work=tmp_path, **CALL)
+    file = tmp_path / "measured.jsonl"
+    *rows, last = file.read_text().splitlines()
+    file.write_text("\n".join(rows) + "\n" + (cut or last))
+    again = tgate_fx.tune(pipe, PROMPTS, work=tmp_path, **CALL)
+    assert [each.psnr for each in again.trials] == [each.psnr for each in first.trials]
+    assert len([json.loads(row) for row in file.read_text().splitlines()]) == 4
+    file.write_text("none\n")
+    with pytest.raises(tgate_fx.ArgumentError, match=says("cannot be used", "JSONDecodeError", "another")):
+        tgate_fx.tune(pipe, PROMPTS, work=tmp_path, **CALL)
+
+
+def test_a_setting_whose_pictures_cannot_be_compared_is_left_out() -> None:
+    pipe = tgate_fx.gate(tiny.make("sd-small"), 3)
+    settings = [{"gate_step": 2, "height": 32}, {"gate_step": 2, "num_images_per_prompt": 2}, {"gate_step": 2}]
+    _, good, *others = tgate_fx.tune(pipe, PROMPTS[:1], **{**CALL, "settings": settings}).trials
+    assert good.setting == {"gate_step": 2}
+    assert all(each.refused is not None and "not of the ungated ones' shape" in each.refused for each in others)
+    assert others[0].as_json() == {"setting": others[0].setting, "refused": others[0].refused}
+    pipe.vae.decoder.conv_out.weight.data.fill_(torch.nan)
+    with pytest.raises(tgate_fx.UnsupportedError, match=says("'a red cat' is of one colour, or has values", "dtype")):
+        tgate_fx.tune(pipe, PROMPTS[:1], **CALL)
 
 
 def test_a_pipeline_is_measured_and_left_as_it_was() -> None:
@@ -78,9 +189,8 @@ def test_a_pipeline_is_measured_and_left_as_it_was() -> None:
     ungated, *others = tuning.trials
     assert (ungated.setting, ungated.speed_up, ungated.psnr) == ({}, 1.0, pytest.approx(100))
     assert sorted(map(str, (each.setting for each in others))) == sorted(map(str, SETTINGS))
-    assert [each.seconds for each in others] == sorted(each.seconds for each in others)
+    assert [each.speed_up for each in others] == sorted((each.speed_up for each in others), reverse=True)
     for each in others:
-        assert each.speed_up == ungated.seconds / each.seconds
         assert each.lowest_psnr <= each.psnr <= 100
     assert tuning.recommended == max(tuning.trials, key=lambda each: each.speed_up)
     assert str(tuning).splitlines()[-1] == f"for 1 dB and SSIM -1: {tuning.recommended.name}"
@@ -191,15 +301,15 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert re.search(r"for 1 dB and SSIM 0: .*gate_step=0\.[25]", capsys.readouterr().out)
 
 
-def test_what_is_refused() -> None:
+def test_what_is_refused(tmp_path: Path) -> None:
     pipe = tiny.make("sd-small")
     with pytest.raises(tgate_fx.StateError, match="is not gated"):
         tgate_fx.tune(pipe, PROMPTS)
     tgate_fx.gate(pipe, 2)
-    for prompts in ([], "a cat"):
+    for prompts in ([], "a cat", 5, iter(())):
         with pytest.raises(tgate_fx.ArgumentError, match=says("expected a list of at least one")):
             tgate_fx.tune(pipe, prompts)
-    for setting in ({}, [], "gate_step", None):
+    for setting in ({}, [], "gate_step", None, {1: 1}):
         with pytest.raises(tgate_fx.ArgumentError, match=says(f"{setting!r} is no setting", "keywords of")):
             tgate_fx.tune(pipe, PROMPTS, settings=[setting])  # type: ignore[list-item]
     for ours in ({"generator": None}, {"output_type": "pt"}):
@@ -208,7 +318,54 @@ def test_what_is_refused() -> None:
             tgate_fx.tune(pipe, PROMPTS, settings=[{"gate_step": 3, **ours}])
         with pytest.raises(tgate_fx.ArgumentError, match=says(f"{name} was given in the call", "Leave it out")):
             tgate_fx.tune(pipe, PROMPTS, **ours)
+    file = tmp_path / "file"
+    file.write_text("")
+    wrong: dict[str, Any] = {"psnr": "28", "ssim": 95, "seed": None, "work": 5, "settings": 5}
+    for name, value in (*wrong.items(), ("psnr", float("nan")), ("seed", "0"), ("seed", -1)):
+        with pytest.raises(tgate_fx.ArgumentError, match=says(f"{name}={value!r}", "expected")):
+            tgate_fx.tune(pipe, PROMPTS, **{name: value})
+    with pytest.raises(tgate_fx.ArgumentError, match=says("cannot be used", "expected a directory")):
+        tgate_fx.tune(pipe, PROMPTS, work=file)
+    with pytest.raises(tgate_fx.UnsupportedError, match=says("takes no prompt", "by yourself")):
+        tgate_fx.tune(tgate_fx.gate(tiny.make("svd"), 2), PROMPTS)
     with tgate_fx.disabled(pipe), pytest.raises(tgate_fx.StateError, match=says("within tgate_fx.disabled", "is on")):
         tgate_fx.tune(pipe, PROMPTS)
     with pytest.raises(tgate_fx.UnsupportedError, match=says("expected images or videos of 11×11")):
-        tgate_fx.tune(pipe, PROMPTS, height=8, width=8, num_inference_steps=3)
+        tgate_fx.tune(pipe, iter(PROMPTS), seed=np.int64(3), height=8, width=8, num_inference_steps=3)
+
+
+WORDS = "a small red circle in the centre on a plain white background\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--device", "nope"), "nope: expected a device of torch"),
+        (("--dtype", "int8"), "int8: expected a dtype of torch"),
+        (("--model", "no/such/folder"), "no/such/folder could not be loaded"),
+        (("--prompts", "latin.txt"), "latin.txt: expected text in UTF-8"),
+        (("--prompts", "empty.txt"), "expected a list of at least one"),
+        (("--prompts", "words.txt", "--work", "words.txt/x"), "cannot be used"),
+        (("--psnr", "nan"), "psnr=nan (float) is no floor"),
+        (("--plot", "x.txt"), "expected a name that ends with .png or .pdf or .svg"),
+        (("--json", "/dev/full/x"), "there is no folder"),
+        (("--json", "/sys/x.json"), "/sys/x.json cannot be written"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    options: tuple[str, ...],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """All of it before anything is measured."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(measure, "_try_all", None)
+    for name, content in (("words.txt", WORDS), ("empty.txt", "\n")):
+        Path(name).write_text(content)
+    Path("latin.txt").write_bytes(b"caf\xe9\n")
+    assert run(monkeypatch, "tune", *options) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert message in said[-1]
+    assert not any("Traceback" in line for line in said)

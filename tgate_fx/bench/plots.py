@@ -41,7 +41,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     bars.barh(range(len(rows)), medians, xerr=spread, color=colours, capsize=2)
     bars.bar_label(bars.containers[-1], [f"{row['speed_up']:.2f}x" for row in rows], padding=4)
     bars.set(
-        xlabel="seconds an image (median, least, most)",
+        xlabel=f"seconds of {images(results['workload'])} (median, least, most)",
         title="at the bars: speed-up over the eager pipeline of the same group",
         xlim=(0, 1.15 * max(row["spread"][1] for row in rows)),
         ylim=(-1, len(rows)),
@@ -51,7 +51,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
     pareto.scatter(*zip(*points, strict=True), color=colours)
     best = _frontier(rows)
     pareto.step([row["median"] for row in best], [row["peak_gib"] for row in best], where="post", color=_OURS)
-    pareto.set(xlabel="seconds an image", ylabel="most memory at once, GiB", title="on the line: none better in both")
+    pareto.set(xlabel=f"seconds of {images(results['workload'])}", ylabel="most memory at once, GiB")
+    pareto.set_title("on the line: none better in both")
     pareto.margins(0.1)
     figure.suptitle(_title(results))
     _number(pareto, points)
@@ -79,7 +80,7 @@ def plot_headline(results: dict[str, Any], path: Path) -> None:
     )
     bars.invert_yaxis()
     bars.set(
-        xlabel="speed-up over the eager pipeline, and seconds an image",
+        xlabel=f"speed-up over the eager pipeline, and seconds of {images(results['workload'])}",
         xlim=(0, 1.3 * max(row["speed_up"] for row in rows)),
     )
     figure.suptitle(_title(results), fontsize="medium")
@@ -116,6 +117,12 @@ def what_ran(workload: dict[str, Any]) -> str:
     """Return what a workload, as results have it, is called in titles."""
     size = "×".join(map(str, workload["latents"][1:]))
     return f"{workload['model']}, latents {size}, {workload['steps']} steps, {workload['dtype']}"
+
+
+def images(workload: dict[str, Any]) -> str:
+    """Return what a call makes."""
+    batch = workload.get("batch", 1)
+    return "an image" if batch == 1 else f"{batch} images"
 
 
 def _colour(row: dict[str, Any]) -> str:

@@ -59,12 +59,12 @@ def _row(
     """One contender at one gate step.
 
     Returns:
-        ``seconds`` of every image, their ``median`` and ``spread`` (least, most), ``speed_up`` over the eager pipeline
-        that took turns with it, ``step_seconds``, ``gflops`` and ``share_of_gemm`` by phase (see `_by_phase`),
-        ``compile_seconds`` (what its first image took longer than its second),
-        ``peak_gib`` (the most memory at once, with compiling) and ``running_gib`` (while images were timed, where the
-        system can tell), ``error`` and what it was measured against, ``graphs`` and ``graph_breaks`` of torch.compile,
-        and ``recompiles``: the graphs compiled after both phases had run.
+        ``seconds`` of every call, which makes a batch of images, their ``median`` and ``spread`` (least, most),
+        ``speed_up`` over the eager pipeline that took turns with it, ``step_seconds``, ``gflops`` and ``share_of_gemm``
+        by phase (see `_by_phase`), ``compile_seconds`` (what its first image took longer than its second), ``peak_gib``
+        (the most memory at once, with compiling) and ``running_gib`` (while images were timed, where the system can
+        tell), ``error`` and what it was measured against, ``graphs`` and ``graph_breaks`` of torch.compile, and
+        ``recompiles``: the graphs compiled after both phases had run.
     """
     contender = CONTENDERS[outcome.name]
     assert outcome.ready is not None
@@ -114,7 +114,8 @@ def _by_phase(
     if generation is not None:
         costs = step_costs(generation)
         for phase, steps in phases.items():
-            rates[phase] = 2 * statistics.mean(cost.total for cost in costs[steps]) / mean[phase] / 1e9
+            of_an_image = statistics.mean(cost.total for cost in costs[steps])
+            rates[phase] = 2 * workload.batch * of_an_image / mean[phase] / 1e9
     shares = {phase: rate / gemm for phase, rate in rates.items()}
     return {"step_seconds": mean, "gflops": rates, "share_of_gemm": shares}
 

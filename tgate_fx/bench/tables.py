@@ -9,17 +9,18 @@ from rich.console import Console
 from rich.table import Table
 
 from .contenders import LADDER
-from .plots import what_ran
+from .plots import images, what_ran
 
 
 def show(results: dict[str, Any]) -> None:
     """Print a row for each contender and gate, the slowest first, and who failed."""
     workload, console = results["workload"], Console()
+    made = images(workload)
     table = _table(
         f"{what_ran(workload)}, {results['machine'].get('gpu', 'CPU')}, batch {workload.get('batch', 1)}",
-        ("", "gate", "image", "speed-up", "pre", "post", "limit", "compile", "GiB"),
-        "seconds of an image, and how much faster than diffusers that is; seconds of a step before and after the gate; "
-        "the share reached of what the multiply-adds left out allow; seconds to compile; most memory at once",
+        ("", "gate", made, "speed-up", "pre", "post", "limit", "compile", "GiB"),
+        f"seconds of {made}, and how much faster than diffusers that is; seconds of a step before and after "
+        "the gate; the share reached of what the multiply-adds left out allow; seconds to compile; most memory at once",
     )
     for row in results["rows"]:
         share = row.get("share_of_limit")
@@ -60,7 +61,8 @@ def show_ladder(results: dict[str, Any]) -> None:
     """Print, for each gate, how much faster every rung of the ladder is than the one that it adds something to."""
     for gate in sorted({row["gate"] for row in results["rows"]} - {None}, reverse=True):
         rows = {row["contender"]: row for row in results["rows"] if row["gate"] in (gate, None)}
-        table = _table(f"Where the speed-up comes from: gate {gate}", ("", "image", "speed-up", "over", "in all"))
+        heading = images(results["workload"])
+        table = _table(f"Where the speed-up comes from: gate {gate}", ("", heading, "speed-up", "over", "in all"))
         for name, below in LADDER.items():
             if name in rows:
                 speed_up = rows[name]["speed_up"]

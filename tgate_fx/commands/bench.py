@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 
 from ..bench.models import MODELS
 from ..bench.workload import Workload
-from .options import OutFile, check_gated
+from .options import PLOTS, OutFile, check_gated, check_installed
 
 # The packages that contenders of these names need.
 _PACKAGES = {"tgate": "tgate", "deepcache": "DeepCache", "openvino": "openvino"}
@@ -48,7 +47,7 @@ _PACKAGES = {"tgate": "tgate", "deepcache": "DeepCache", "openvino": "openvino"}
 @click.option("--only", "only", multiple=True, help="One contender; repeat it for more. All of them if left out.")
 @click.option("--ladder", is_flag=True, help="Only what shows where the speed-up comes from, one step after the other.")
 @click.option("--json", "json_out", type=OutFile(), help="Write everything that was measured to this file.")
-@click.option("--plot", "plot_out", type=OutFile(), help="Draw the results into this PNG.")
+@click.option("--plot", "plot_out", type=OutFile(*PLOTS), help="Draw the results into this picture.")
 def bench(
     arch: str,
     size: int | None,
@@ -69,6 +68,7 @@ def bench(
     """
     for gate in gates:
         check_gated(gate, steps)
+    only = tuple(dict.fromkeys(only))
     from ..bench import plots, tables
     from ..bench.contenders import CONTENDERS, LADDER, applicable, reference_of
     from ..bench.race import Race, race
@@ -88,9 +88,7 @@ def bench(
     run = " ".join([*names, *[str(reference_of(name, arch)) for name in names]])
     needed = {package for part, package in _PACKAGES.items() if part in run}
     needed |= {"matplotlib"} if plot_out is not None else set()
-    missing = sorted(package for package in needed if importlib.util.find_spec(package) is None)
-    if missing:
-        raise click.UsageError(f"This needs {', '.join(missing)}: pip install 'tgate_fx[bench]'.")
+    check_installed(*needed, extra="bench")
     dtype = dtype or ("float16" if device == "cuda" else "float32")
     workload = Workload(arch, size, steps, tuple(dict.fromkeys(gates)), dtype, device, batch)
     measured: dict[str, Any] = {}
@@ -101,8 +99,10 @@ def bench(
             json_out.write_text(json.dumps(measured, indent=1) + "\n")
 
     race(names, workload, rounds, keep)
+    tables.show(measured)
+    if not measured["rows"]:
+        raise click.ClickException("no contender was timed to the end, for the reasons above.")
     if plot_out is not None:
         plots.plot(measured, plot_out)
-    tables.show(measured)
     if set(applicable(tuple(LADDER), arch, device)) <= set(names):
         tables.show_ladder(measured)

@@ -29,13 +29,17 @@ PROMPTS = (
 )
 @click.option("--steps", type=click.IntRange(min=2), default=25, show_default=True, help="Inference steps.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the first row.")
-@click.option("--out", type=OutFile(), default="tgate-demo.png", show_default=True, help="Where the picture goes.")
+@click.option(
+    "--out", type=OutFile(".png"), default="tgate-demo.png", show_default=True, help="Where the picture goes."
+)
 @click.option("--compile/--no-compile", "compiled", default=False, help="Run both phases through torch.compile.")
 def demo(
     prompts: tuple[str, ...], gates: tuple[int | float | None, ...], steps: int, seed: int, out: Path, compiled: bool
 ) -> None:
     """Generate pictures with and without the gate, side by side, on the embedded pipeline."""
     for gate in gates:
+        if gate is None:
+            raise click.UsageError("--gate-step none: expected a step, for the ungated pictures are there anyway.")
         check_gated(gate, steps)
     from ..demo.compare import compare
 

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from ..deepcache import DeepCache
 from ..macs.architectures import ARCHITECTURES
 from ..schedule import AFTER_GATE, Schedule
-from .options import GateStep, OutFile
+from .options import GateStep, OutFile, check_gated
 
 
 @click.command()
@@ -26,7 +27,11 @@ from .options import GateStep, OutFile
 @click.option("--warm-up", default=0, show_default=True, help="First step whose self-attention is cached.")
 @click.option("--deepcache", type=(int, int), metavar="INTERVAL BRANCH", help="Skip the UNet's deep branch.")
 @click.option("--after-gate", type=click.Choice(AFTER_GATE), default="negative", show_default=True)
-@click.option("--guided/--unguided", default=True, help="With classifier-free guidance before the gate, or without.")
+@click.option(
+    "--guided/--unguided",
+    default=None,
+    help="With classifier-free guidance before the gate, or without.  [default: as the model's pipeline]",
+)
 @click.option("--size", type=click.IntRange(min=8), help="Latents per side, if not the model's own.")
 @click.option("--json", "json_out", type=OutFile(), help="Write the rows to this file too.")
 def macs(
@@ -39,7 +44,7 @@ def macs(
     warm_up: int,
     deepcache: tuple[int, int] | None,
     after_gate: str,
-    guided: bool,
+    guided: bool | None,
     size: int | None,
     json_out: Path | None,
 ) -> None:
@@ -52,6 +57,7 @@ def macs(
     from ..macs import table as macs_table
     from ..macs.count import Generation
 
+    _check_counted("--limits" if count_limits else "no --arch", ignores=count_limits or arch is None)
     rows: Any
     if count_limits:
         rows = macs_limits.limits(ARCHITECTURES if arch is None else [arch])
@@ -60,10 +66,25 @@ def macs(
         rows = macs_table.published_rows()
         macs_table.show(rows)
     else:
+        check_gated(gate_step, steps)
         deep = None if deepcache is None else DeepCache(*deepcache)
         interval, branch = (None, None) if deep is None else (deep.interval, deep.branch)
         schedule = Schedule(gate_step, sp_interval, fi_interval, warm_up, interval, after_gate=after_gate)
-        rows = macs_table.schedule_rows(Generation(arch, steps, schedule, guided, branch, size))
+        has_branches = ARCHITECTURES[arch].guided if guided is None else guided
+        rows = macs_table.schedule_rows(Generation(arch, steps, schedule, has_branches, branch, size))
         macs_table.show(rows)
     if json_out is not None:
         json_out.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def _check_counted(how: str, *, ignores: bool) -> None:
+    """Raise `click.UsageError` if options of a schedule were given where they would be ignored."""
+    context = click.get_current_context()
+    given = [
+        parameter.opts[0]
+        for parameter in context.command.params
+        if parameter.name not in ("arch", "count_limits", "json_out")
+        and context.get_parameter_source(str(parameter.name)) is not ParameterSource.DEFAULT
+    ]
+    if ignores and given:
+        raise click.UsageError(f"{', '.join(given)} with {how}: expected --arch alone, whose schedule these describe.")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
 from .demo import PROMPTS
-from .options import OutFile
+from .options import PLOTS, OutFile, check_installed
 
 
 @click.command()
@@ -30,7 +29,7 @@ from .options import OutFile
 @click.option("--compile/--no-compile", "compiled", default=False, help="Run all phases through torch.compile.")
 @click.option("--work", type=click.Path(path_type=Path, file_okay=False), help="Where to go on from, if interrupted.")
 @click.option("--json", "results", type=OutFile(), help="Write the measurements there.")
-@click.option("--plot", "picture", type=OutFile(), help="Draw them there, as a PNG.")
+@click.option("--plot", "picture", type=OutFile(*PLOTS), help="Draw them into this picture.")
 def tune(
     model: str | None,
     file: Path | None,
@@ -46,31 +45,45 @@ def tune(
     picture: Path | None,
 ) -> None:
     """Measure settings of the gate on a pipeline: seconds against likeness to the ungated images; recommend one."""
-    import torch
-
     from .. import pipeline
     from ..tuning.measure import tune as measure
     from ..tuning.show import plot
 
-    prompts = [line.strip() for line in file.read_text().splitlines() if line.strip()] if file else list(PROMPTS)
-    pipe = _load(model, getattr(torch, dtype, None), dtype)
-    pipe.to(device)
+    check_installed("torchmetrics", *(["matplotlib"] if picture is not None else []), extra="tune")
+    prompts = _lines(file) if file else list(PROMPTS)
+    pipe = _load(model, device, dtype)
     pipe.set_progress_bar_config(disable=True)
     (pipeline.compile if compiled else pipeline.gate)(pipe, gate_step=None)
     tuning = measure(pipe, prompts, psnr=psnr, ssim=ssim, seed=seed, work=work, num_inference_steps=steps)
     click.echo(str(tuning))
     if results is not None:
-        rows = [asdict(trial) for trial in tuning.trials]
+        rows = [trial.as_json() for trial in tuning.trials]
         results.write_text(json.dumps({"trials": rows, "recommended": tuning.recommended.setting}, indent=1) + "\n")
     if picture is not None:
         plot(tuning, picture)
 
 
-def _load(model: str | None, dtype: Any, name: str) -> Any:
+def _lines(file: Path) -> list[str]:
+    try:
+        return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise click.BadParameter(f"{file}: expected text in UTF-8 ({error}).", param_hint="--prompts") from error
+
+
+def _load(model: str | None, device: str, dtype: str) -> Any:
+    """Return a pipeline where it is to run; raise `click.BadParameter` for what of these there is not."""
     import torch
 
-    if not isinstance(dtype, torch.dtype):
-        raise click.BadParameter(f"{name}: expected a dtype of torch such as float16.", param_hint="--dtype")
+    kind = getattr(torch, dtype, None)
+    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
+        raise click.BadParameter(f"{dtype}: expected a dtype of torch such as float16.", param_hint="--dtype")
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # a name of none, or of one that this torch does not have
+        why = str(error).partition("\n")[0]
+        raise click.BadParameter(
+            f"{device}: expected a device of torch such as cuda ({why}).", param_hint="--device"
+        ) from error
     if model is None:
         from .. import demo
 
@@ -78,6 +91,9 @@ def _load(model: str | None, dtype: Any, name: str) -> Any:
     else:
         from diffusers import DiffusionPipeline
 
-        pipe = DiffusionPipeline.from_pretrained(model)  # type: ignore[no-untyped-call]
-    pipe.to(dtype)
-    return pipe
+        try:
+            pipe = DiffusionPipeline.from_pretrained(model)  # type: ignore[no-untyped-call]
+        except (OSError, ValueError) as error:
+            why = str(error).partition("\n")[0]
+            raise click.BadParameter(f"{model} could not be loaded: {why}", param_hint="--model") from error
+    return pipe.to(device, kind)

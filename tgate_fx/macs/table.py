@@ -130,8 +130,8 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
     Console().print(table)
 
 
-def _tera(value: float) -> str:
-    return f"{value / 1e12:.3f}T"
+def _multiply_adds(value: float) -> str:
+    return f"{value / 1e12:.3f}T" if value >= 1e10 else f"{value / 1e9:.3f}G"
 
 
 def _parameters(value: float) -> str:
@@ -141,10 +141,10 @@ def _parameters(value: float) -> str:
 _COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("variant", "", lambda variant: f"  {variant}"),
     ("steps", "steps", str),
-    ("macs", "MACs", _tera),
-    ("page_macs", "publ.", _tera),
+    ("macs", "MACs", _multiply_adds),
+    ("page_macs", "publ.", _multiply_adds),
     ("params", "params", _parameters),
     ("page_params", "publ.", _parameters),
-    ("macs_with_attention", "+ attn.", _tera),
+    ("macs_with_attention", "+ attn.", _multiply_adds),
     ("limit", "limit", lambda limit: f"{limit:.3f}x"),
 )
