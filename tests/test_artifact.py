@@ -35,6 +35,7 @@ from tests.test_refusals import says
 from tests.zoo import entry_of
 from tgate_fx.artifact import fingerprint, weights_file
 from tgate_fx.artifact import manifest as manifest_module
+from tgate_fx.artifact import save as save_module
 from tgate_fx.artifact.contents import check
 from tgate_fx.artifact.packaged import weights_of
 from tgate_fx.compiled.settings import CompileSettings
@@ -245,6 +246,45 @@ def test_offloaded_weights_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "artifact").exists()
 
 
+def test_where_an_artifact_cannot_be_written_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tgate_fx.compile(made(), 2)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    paths = {"file": "already exists", "link": "already exists", "file/artifact": "cannot be written"}
+    for name, message in (*paths.items(), ("x" * 300, "cannot be written")):
+        with pytest.raises(tgate_fx.ArgumentError, match=message):
+            tgate_fx.save(pipe, tmp_path / name, **SIZE)
+    for path in (None, 5, "a\0b"):
+        with pytest.raises(tgate_fx.ArgumentError, match="is no path"):
+            tgate_fx.save(pipe, path, **SIZE)  # type: ignore[arg-type]
+
+    def saved_by_another(*_: Any) -> dict[str, Any]:
+        (tmp_path / "new" / "full").mkdir(parents=True)
+        return {"phases": []}
+
+    monkeypatch.setattr(save_module, "_packages", saved_by_another)
+    with pytest.raises(tgate_fx.ArgumentError, match=says("cannot be written", "nobody else saves")):
+        tgate_fx.save(pipe, tmp_path / "new", **SIZE)
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["file", "link", "new"]
+
+
+def test_nothing_is_saved_under_autocast(tmp_path: Path) -> None:
+    pipe = tgate_fx.compile(made(), 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(tgate_fx.StateError, match="autocast is on"):
+        tgate_fx.save(pipe, tmp_path / "artifact", **SIZE)
+
+
+@pytest.mark.slow
+@pytest.mark.inductor
+def test_packages_do_not_run_under_autocast(artifact: Path) -> None:
+    pipe = tgate_fx.load(made(), artifact)
+    kwargs = {**tiny.inputs("sd"), **SIZE, "num_inference_steps": 5}
+    expected = tiny.latents(pipe, **kwargs)
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(tgate_fx.StateError, match="autocast is on"):
+        tiny.latents(pipe, **kwargs)
+    assert torch.equal(tiny.latents(pipe, **kwargs), expected)
+
+
 def test_different_forwards_beneath_a_site_are_told_apart() -> None:
     name = "mid_block.attentions.0.transformer_blocks.0.attn2"
     pipes = [made(), made(), made()]
@@ -384,7 +424,7 @@ def flip(path: Path) -> None:
         (lambda path: (path / "1.pt2").unlink(), "1.pt2 is missing"),
         (lambda path: truncate(path / "manifest.json"), "No complete artifact"),
         (lambda path: (path / "manifest.json").unlink(), "No complete artifact"),
-        (in_text('"format": 11', '"format": 99'), "has format 99: expected 11"),
+        (in_text('"format": 12', '"format": 99'), "has format 99: expected 12"),
         (lambda path: truncate(path / "constants.bin"), "constants.bin is"),
         (lambda path: flip(path / "constants.bin"), "and not as it was written"),
         (in_text('"gate_step": 3', '"gate_step": 4'), "manifest.json is not as it was written"),

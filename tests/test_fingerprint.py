@@ -6,13 +6,16 @@ import functools
 import itertools
 import types
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
 
+from tests import tiny
 from tgate_fx.artifact import fingerprint
 
 
@@ -70,6 +73,20 @@ def empty_cell(value: float) -> list[Any]:
     return [forward, value]
 
 
+@dataclass
+class Settings:
+    scale: float
+    more: Any = None
+
+
+def dag(value: float) -> Any:
+    """Whose parts are held twice, and hold each other."""
+    inner = Patch([value])
+    outer = Patch([inner, {"again": inner}])
+    inner.back = outer  # type: ignore[attr-defined]
+    return outer
+
+
 def model(processor: Any) -> nn.Module:
     torch.manual_seed(0)
     made = nn.Sequential(layer(), layer())
@@ -96,12 +113,27 @@ def model(processor: Any) -> nn.Module:
         default,
         keyword_default,
         empty_cell,
+        lambda value: Patch(Settings(1.0, Settings(value))),
+        lambda value: Patch({"a": {"b": {"c": [[(value,)]]}}}),
+        lambda value: Patch(Patch(Patch(Patch(Patch(Patch(value)))))),
+        lambda value: closure(Patch([closure(Patch({"a": [value]}))])),
+        lambda value: Patch(np.full(2, value)),
+        lambda value: Patch(str(value).encode()),
+        dag,
     ],
 )
 def test_what_modules_hold_beside_their_own_weights_is_told_apart(kept: Callable[[float], Any]) -> None:
     first, same, other = (fingerprint.structure(model(kept(value))) for value in (1.0, 1.0, 3.0))
     assert fingerprint.differences(first, same) == []
     assert fingerprint.differences(first, other) == ["1"]
+
+
+def test_what_changes_in_every_generation_is_not_told_apart() -> None:
+    """A pipeline, or its scheduler, that a hook or a processor holds."""
+    pipes = [tiny.make("sd-small") for _ in range(2)]
+    tiny.latents(pipes[1], **tiny.inputs("sd-small"), num_inference_steps=3)
+    first, other = (fingerprint.structure(model(Patch([pipe, pipe.scheduler]))) for pipe in pipes)
+    assert first == other
 
 
 def test_weights_that_modules_list_may_change() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -183,3 +184,24 @@ def test_an_error_leaves_every_scale_as_it_was() -> None:
         run(pipe, callback_on_step_end=callback, cross_attention_kwargs={"scale": 0.5})
     assert [float(scale) for scale in scales(pipe)] == before
     assert torch.equal(run(pipe), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.inductor
+@pytest.mark.parametrize("settings", [{}, {"regional": True}], ids=["packages", "caches"])
+def test_a_lora_has_its_own_scales_in_an_artifact(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Under `compile` they are tensors while a generation runs, and were left so for the structure."""
+
+    def with_lora() -> Any:
+        pipe = tiny.make("sd-small")
+        load(pipe, "one")
+        return pipe
+
+    pipe = tgate_fx.compile(with_lora(), GATE, **settings)
+    expected = run(pipe)
+    tgate_fx.save(pipe, tmp_path / "artifact", height=KWARGS["height"], width=KWARGS["width"])
+    loaded = tgate_fx.load(with_lora(), tmp_path / "artifact")
+    assert relative_error(run(loaded), expected) < 1e-4
+    assert torch.equal(run(pipe), expected)
+    tgate_fx.restore(pipe)
+    assert not any(isinstance(scale, torch.Tensor) for scale in scales(pipe))

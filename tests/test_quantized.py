@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -87,3 +88,15 @@ def test_freezing_of_quantized_weights_is_refused_if_asked_for() -> None:
     tgate_fx.compile(pipe, GATE, options={"freezing": True})
     with pytest.raises(tgate_fx.UnsupportedError, match=says("WeightQBytesTensor", "cannot be read", "freezing")):
         tiny.latents(pipe, **kwargs("pixart-small"))
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_packages_of_quantized_weights_are_refused(how: str, tmp_path: Path) -> None:
+    """Packages would hold them by names of their own, where nothing compares them."""
+    pipe = tiny.make("sd-small")
+    HOW[how](pipe.unet)
+    tgate_fx.compile(pipe, GATE)
+    message = says("of pipe.unet is quantized", "expected dense ones", "tgate_fx.warmup in every process")
+    with pytest.raises(tgate_fx.UnsupportedError, match=message):
+        tgate_fx.save(pipe, tmp_path / "artifact", height=16, width=16)
+    assert list(tmp_path.iterdir()) == []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 
 import torch
@@ -53,6 +55,10 @@ def test_packed_weights_outlive_what_else_reads_the_file(tmp_path: Path) -> None
         entries = writer.write({"packed": (weight.to_mkldnn(), weight.to_mkldnn())})
     ((_, packed),) = weights_file.mapped(tmp_path / "file", [entries])[0].items()
     assert torch.equal(packed.to_dense(), weight)
+    is_there = weakref.ref(packed)
+    del packed
+    gc.collect()
+    assert is_there() is None  # nor are they kept for ever
 
 
 def test_the_same_bytes_are_written_once(tmp_path: Path) -> None:

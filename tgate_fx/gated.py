@@ -227,8 +227,14 @@ class Gated:
                 each.phases.attach()
             yield
         finally:
+            self.take_back()
             for each, phases in zip(self.all, own, strict=True):
                 each.phases = phases
+
+    def take_back(self) -> None:
+        """Take back, until the next step, what the phases changed on modules: LoRA layers have their own scales."""
+        for each in self.all:
+            each.phases.detach()
 
     @contextmanager
     def one_at_a_time(self) -> Iterator[None]:

@@ -21,11 +21,11 @@ from ..dispatch import DISPATCH
 from ..forward_patch import ForwardPatch
 from ..private import MODULE_STATE
 
-# What says where a module came from, or is described apart: its children, its weights, and tgate_fx's own.
-_LEFT_OUT = MODULE_STATE | {DISPATCH}
-# Deep enough for what an attention processor holds, and not for the other model that accelerate's hook for offloading
-# names (``CpuOffload.prev_module_hook``): that one moves between devices.
-_DEPTH = 4
+# What says where a module came from, or is described apart: its children, its weights, and tgate_fx's own. And the
+# other model that accelerate's hook for offloading names, which moves between devices.
+_LEFT_OUT = MODULE_STATE | {DISPATCH, "prev_module_hook"}
+# What changes in every generation, by its name, since diffusers takes seconds to import.
+_CHANGING = ("DiffusionPipeline", "SchedulerMixin")
 _PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
 
 
@@ -109,8 +109,8 @@ class _Description:
             [(name, _layout(tensor)) for name, tensor in _tensors(module).items()],
         )
 
-    def value(self, value: Any, depth: int = _DEPTH) -> object:
-        """Return what a value holds, to some depth."""
+    def value(self, value: Any, within: tuple[int, ...] = ()) -> object:
+        """Return what a value holds; ``within`` are the ids of those that hold it, of which none is described again."""
         value = _beneath(value)
         if value is None or isinstance(value, _PLAIN):
             return value
@@ -123,21 +123,24 @@ class _Description:
             return (_name(type(value)), kind, hashlib.sha256(value.tobytes()).hexdigest())
         if isinstance(value, nn.Module):
             return (_name(type(value)), self._unlisted(value))
+        if id(value) in within:
+            return within[::-1].index(id(value))
+        if isinstance(value, (set, frozenset)):
+            return sorted(map(repr, value))
+        within = (*within, id(value))
         if isinstance(value, (types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType)):
-            return (_name(value), [self.value(item, depth - 1) for item in _bound(value)] if depth else ())
-        if depth == 0:
-            return _name(type(value))
+            return (_name(value), [self.value(item, within) for item in _bound(value)])
         if isinstance(value, Mapping):
             # Switching something off (FreeU) may leave None where nothing was before.
             items = {str(key): item for key, item in value.items() if key not in _LEFT_OUT and item is not None}
-            return [(name, self.value(items[name], depth - 1)) for name in sorted(items)]
-        if isinstance(value, (set, frozenset)):
-            return sorted(map(repr, value))
+            return [(name, self.value(items[name], within)) for name in sorted(items)]
         if isinstance(value, (list, tuple)):
-            return [self.value(item, depth - 1) for item in value]
+            return [self.value(item, within) for item in value]
         if isinstance(value, functools.partial):
-            return [self.value(item, depth - 1) for item in (value.func, value.args, value.keywords)]
-        return (_name(type(value)), self.value(getattr(value, "__dict__", {}), depth - 1))
+            return [self.value(item, within) for item in (value.func, value.args, value.keywords)]
+        if any(base.__name__ in _CHANGING for base in type(value).__mro__):
+            return _name(type(value))
+        return (_name(type(value)), self.value(getattr(value, "__dict__", {}), within))
 
     def _unlisted(self, module: nn.Module) -> object:
         """Return everything of a module that is not among those described."""

@@ -19,7 +19,7 @@ from ..pipeline import attach, phases_with
 from ..roles import Role, Roles
 from . import caches, fingerprint, manifest, private, weights_file
 from .contents import schedule_of
-from .packaged import Package, PackagedPhases, check_not_offloaded, only_network
+from .packaged import Package, PackagedPhases, check_dense, check_not_offloaded, only_network
 
 Pipeline = TypeVar("Pipeline")
 
@@ -47,7 +47,8 @@ def load(pipe: Pipeline, path: str | Path, digest: str | None = None) -> Pipelin
 
     Raises:
         StateError: the artifact is not whole, or not for this pipeline, torch or processor; the pipeline is gated.
-        UnsupportedError: as for `tgate_fx.gate`; its weights are offloaded; or this torch lacks what artifacts need.
+        UnsupportedError: as for `tgate_fx.gate`; its weights are offloaded, or quantized and the artifact has packages;
+            or this torch lacks what artifacts need.
     """
     path = Path(path)
     check_not_gated(pipe)
@@ -77,6 +78,7 @@ def _from_packages(
     network: Network, path: Path, contents: dict[str, Any], *, pinned: bool
 ) -> Callable[[Network], Phases]:
     """Return what makes the phases of the denoiser from packages; companions have none, and run eagerly."""
+    check_dense(network)
     frozen = contents["weights"] is not None
     if frozen:
         manifest.check_parts("weights", contents, fingerprint.weights(network.module))

@@ -20,7 +20,7 @@ from . import fingerprint
 from .contents import check
 
 _FILE = "manifest.json"
-_FORMAT = 11
+_FORMAT = 12
 
 # The file of the weights that are part of the packages.
 WEIGHTS_FILE = "constants.bin"
@@ -76,7 +76,7 @@ def read(path: Path, digest: str | None) -> dict[str, Any]:
             raise FileNotFoundError(f"no file {_FILE}")
         manifest = json.loads((path / _FILE).read_text())
         found = manifest["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise StateError(
             f"No complete artifact at {path} ({type(error).__name__}: {error}): expected a directory that "
             "tgate_fx.save made. Save it again."

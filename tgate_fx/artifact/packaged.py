@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..compiled.frozen_weights import FrozenWeights
+from ..compiled.frozen_weights import FrozenWeights, can_be_read
 from ..compiled.guard_policy import check_no_global_hooks, runs_only_known_code
 from ..errors import StateError, UnsupportedError
 from ..inputs import canonical, latents_of, tensors_in
@@ -143,6 +143,7 @@ class PackagedPhases(Phases):
 
     def _check(self) -> None:
         """Raise `StateError` unless the denoiser and torch are what the packages were compiled for."""
+        check_no_autocast(next(self._denoiser.parameters()).device)
         if torch.get_num_threads() != self._threads:
             raise StateError(
                 f"torch has {torch.get_num_threads()} threads: expected {self._threads}, for which the artifact was "
@@ -188,6 +189,26 @@ def check_not_offloaded(networks: Sequence[Network]) -> None:
                 "expected a pipeline without them, for an artifact is of one device. Call pipe.reset_device_map() or "
                 "pipe.remove_all_hooks(), and move the pipeline with pipe.to(...)."
             )
+
+
+def check_dense(network: Network) -> None:
+    """Raise `UnsupportedError` if weights are quantized: packages hold those themselves, by names of their own."""
+    for name, tensor in weights_of(network.module).items():
+        if not can_be_read(tensor):
+            raise UnsupportedError(
+                f"{name.partition('.')[2]} of pipe.{network.attribute} is quantized ({type(tensor).__name__}), and "
+                "packages hold such weights where no change of theirs is noticed: expected dense ones. Use "
+                "tgate_fx.compile and tgate_fx.warmup in every process."
+            )
+
+
+def check_no_autocast(device: torch.device) -> None:
+    """Raise `StateError` under torch.autocast: packages compute in the dtypes that they were compiled with."""
+    if torch.is_autocast_enabled(device.type):
+        raise StateError(
+            f"torch.autocast is on for {device.type}: expected it off where an artifact is saved or used, for packages "
+            "compute in the dtypes that they were compiled with. Leave it, or use tgate_fx.compile without artifacts."
+        )
 
 
 def only_network(networks: Sequence[Network]) -> Network:

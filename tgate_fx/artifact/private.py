@@ -58,6 +58,7 @@ _NEEDED_FOR_PACKED_WEIGHTS = {
 # And AOTInductor's own C interface for these, kept for compiled models.
 _C_FUNCTIONS = (
     "aoti_torch_create_tensor_from_blob_v2",
+    "aoti_torch_delete_tensor_object",
     "aoti_torch_device_type_cpu",
     "aoti_torch_dtype_bfloat16",
     "aoti_torch_dtype_float16",
@@ -207,5 +208,7 @@ def packed_tensor(data: torch.Tensor, dtype: str, shape: Sequence[int], stride: 
     if failed:
         raise RuntimeError("torch cannot make a tensor of packed weights")
     tensor = torch._C._aoti.alloc_tensor_by_stealing_from_void_ptr(_CAPSULE(handle, None, None))
+    if getattr(tensor, "_use_count", int)() > 1:  # it was copied from the handle, which would keep it for ever
+        torch_c.aoti_torch_delete_tensor_object(handle)
     tensor._tgate_data = data  # type: ignore[attr-defined]  # it does not keep its data alive by itself
     return tensor

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,15 @@ from ..phases import EagerPhases, Example
 from ..warmup import call_for, reach_every_phase
 from . import caches, fingerprint, manifest
 from . import private as aot
-from .packaged import check_not_offloaded, only_network, signature_of, sorted_by_name, weights_of
+from .packaged import (
+    check_dense,
+    check_no_autocast,
+    check_not_offloaded,
+    only_network,
+    signature_of,
+    sorted_by_name,
+    weights_of,
+)
 from .weights_file import WeightsWriter
 
 
@@ -45,23 +56,20 @@ def save(
         The path.
 
     Raises:
-        ArgumentError: there is something at ``path``, or as for `tgate_fx.warmup`.
-        StateError: the pipeline is not under `tgate_fx.compile`.
+        ArgumentError: there is something at ``path``, or it cannot be written; or as for `tgate_fx.warmup`.
+        StateError: the pipeline is not under `tgate_fx.compile`, or torch.autocast is on.
         UnsupportedError: its settings are not for code that is compiled ahead of time, its weights are offloaded, or
-            this torch lacks what artifacts need.
+            quantized and would be in packages; or this torch lacks what artifacts need.
         CompileError: a phase could not be traced or compiled.
     """
-    path = Path(path)
-    if path.exists():
-        raise ArgumentError(f"{path} already exists: expected a new directory. Remove it, or choose another path.")
+    path = _new_path(path)
     gated, call = call_for(pipe, height, width, batch_size, inputs)
     networks = [each.network for each in gated.networks]
     check_not_offloaded(networks)
+    check_no_autocast(gated.devices[0])
     options = gated.networks[0].phases.inductor_options(gated.devices[0])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as made:
-        folder = Path(made) / "artifact"
-        folder.mkdir()
+    gated.take_back()
+    with _made_within(path) as folder:
         code = (
             _packages(folder, pipe, gated, call, options) if options is not None else _caches(folder, pipe, gated, call)
         )
@@ -74,13 +82,43 @@ def save(
             **code,
         }
         manifest.write(folder, contents)
-        folder.rename(path)
     return path
+
+
+def _new_path(path: Any) -> Path:
+    """Return a path at which there is nothing; raise `ArgumentError` if there is, or if it is no path."""
+    if not isinstance(path, (str, Path)) or "\0" in str(path):
+        raise ArgumentError(f"path={path!r} ({type(path).__name__}) is no path: expected that of a new directory.")
+    if os.path.lexists(path):
+        raise ArgumentError(f"{path} already exists: expected a new directory. Remove it, or choose another path.")
+    return Path(path)
+
+
+@contextmanager
+def _made_within(path: Path) -> Iterator[Path]:
+    """Context manager: a directory that is at ``path`` once all of it was written, and nowhere if it was not.
+
+    Raises:
+        ArgumentError: it cannot be written there.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as made:
+            folder = Path(made) / "artifact"
+            folder.mkdir()
+            yield folder
+            folder.rename(path)
+    except OSError as error:
+        raise ArgumentError(
+            f"The artifact cannot be written to {path} ({error}): expected a new directory on a disk with enough "
+            "space, to which nobody else saves. Choose another path."
+        ) from error
 
 
 def _packages(folder: Path, pipe: Any, gated: Gated, call: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     """Write a package for each phase, and the weights that they hold; return the manifest's entries for them."""
     network = only_network([each.network for each in gated.networks])
+    check_dense(network)
     aot.check_torch()
     with gated.running_with(EagerPhases):
         reach_every_phase(pipe, gated, call, "looking at each phase")

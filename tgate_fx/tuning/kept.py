@@ -29,6 +29,7 @@ def described_pipeline(pipe: Any, gated: Gated) -> dict[str, str]:
     That is its class, the gate's schedule, its scheduler, all weights, what else the denoisers and companions are made
     of (adapters' scales, processors, FreeU), the versions of packages, and the machine, whose seconds are measured.
     """
+    gated.take_back()
     scheduler = getattr(pipe, "scheduler", None)
     modules = {name: each for name, each in sorted(pipe.components.items()) if isinstance(each, nn.Module)}
     weights = {
