@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 import pickle
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_mod
 
 import tgate_fx
 from tests import reference, tiny
+from tgate_fx.gated_class import gate_of
 
 
 def snapshot(pipe: Any) -> dict[str, Any]:
@@ -118,6 +121,37 @@ def test_a_sibling_that_shares_the_denoiser_stays_ungated(through: str) -> None:
     tgate_fx.restore(sibling)
     assert torch.equal(tiny.latents(sibling, **kwargs), plain)
     assert "forward" not in vars(pipe.unet)
+
+
+@pytest.mark.parametrize("how", ["gate", "regional"])
+def test_a_gated_pipeline_that_is_dropped_keeps_nothing_of_a_shared_denoiser(how: str) -> None:
+    """Such as one for each request, over the components of one that stays."""
+    base = tiny.make("sd-small")
+    kwargs = {**tiny.inputs("sd-small"), "num_inference_steps": 4}
+    plain = tiny.latents(base, **kwargs)
+    gates = []
+    for _ in range(3):
+        pipe = type(base)(**base.components, requires_safety_checker=False)
+        pipe.set_progress_bar_config(disable=True)
+        tgate_fx.gate(pipe, 2) if how == "gate" else tgate_fx.compile(pipe, 2, regional=True, backend="eager")
+        gated = tiny.latents(pipe, **kwargs)
+        gates.append(weakref.ref(gate_of(pipe)))
+        del pipe
+        gc.collect()
+    assert [each() for each in gates] == [None] * 3
+    assert torch.equal(tiny.latents(base, **kwargs), plain)
+    pipe = tgate_fx.gate(base, 2)
+    assert torch.equal(tiny.latents(pipe, **kwargs), gated)
+    tgate_fx.restore(pipe)
+    other = type(base)(**base.components, requires_safety_checker=False)
+    tgate_fx.gate(other, 2)
+    with pytest.raises(tgate_fx.StateError, match="belongs to a gated pipeline"):
+        tgate_fx.restore(base.unet)
+    del other
+    gc.collect()
+    tgate_fx.restore(base.unet)
+    assert "forward" not in vars(base.unet)
+    assert torch.equal(tiny.latents(base, **kwargs), plain)
 
 
 def test_the_pipeline_class_is_never_changed() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -80,7 +81,8 @@ class Dispatch(ForwardPatch):
     Attributes:
         sites: the sites of the denoiser.
         parameters: the names of its forward's parameters.
-        owners: who uses this dispatch: the gates of pipelines, and `SPLIT`; or `COPIED`.
+        gates: the gates of pipelines that use this dispatch; not kept alive, for a pipeline may go without `restore`.
+        marks: `SPLIT`, if that uses it too; or `COPIED`.
         lock: is taken while the denoiser runs, since the roles of the sites are shared by all who call it.
     """
 
@@ -89,7 +91,8 @@ class Dispatch(ForwardPatch):
         self.sites = Sites(denoiser)
         self.__signature__ = inspect.signature(denoiser.forward)
         self.parameters = tuple(self.__signature__.parameters)
-        self.owners: set[object] = set()
+        self.gates: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.marks: set[str] = set()
         self._warned = False
         self.lock = threading.RLock()
 
@@ -99,7 +102,7 @@ class Dispatch(ForwardPatch):
             return self.original_forward(*args, **kwargs)
         generation = _running.by_dispatch.get(id(self))
         run_step = generation.run_step if generation is not None and generation.takes_call() else None
-        if run_step is None and not self._warned and self.owners - {SPLIT, COPIED} and _calling_pipeline() is None:
+        if run_step is None and not self._warned and self.gates and _calling_pipeline() is None:
             self._warned = True
             warnings.warn(
                 f"The {type(self._module).__name__} of a gated pipeline was called outside of a generation, and ran "
@@ -119,25 +122,37 @@ class Dispatch(ForwardPatch):
     def attach_to(cls, denoiser: nn.Module, owner: object) -> Dispatch:
         """Return the dispatch of this denoiser, attached if it is not yet, until every owner has detached."""
         dispatch = cls.of(denoiser)
+        if dispatch is not None and not dispatch.gates and not dispatch.marks:
+            with dispatch.lock:
+                dispatch._take_off()  # whoever used it is gone
+            dispatch = None
         if dispatch is None:
             dispatch = cls(denoiser)
             dispatch.attach()
             setattr(denoiser, DISPATCH, dispatch)
-        dispatch.owners.discard(COPIED)
-        dispatch.owners.add(owner)
+        dispatch.marks.discard(COPIED)
+        dispatch._users_like(owner).add(owner)
         return dispatch
 
     def detach_from(self, owner: object) -> None:
         """Take the dispatch and the sites off the denoiser, if nobody else uses them."""
-        self.owners -= {owner, COPIED}
-        if not self.owners:
-            self.detach()
-            self.sites.detach()
-            delattr(self._module, DISPATCH)
+        self.marks.discard(COPIED)
+        self._users_like(owner).discard(owner)
+        if not self.gates and not self.marks:
+            self._take_off()
+
+    def _users_like(self, owner: object) -> Any:
+        return self.marks if owner is SPLIT else self.gates
+
+    def _take_off(self) -> None:
+        self.detach()
+        self.sites.detach()
+        delattr(self._module, DISPATCH)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Dispatch:
         memo[id(self.lock)] = threading.RLock()
-        memo[id(self.owners)] = {COPIED}  # no pipeline gates the copy
+        memo[id(self.gates)] = weakref.WeakSet()  # no pipeline gates the copy
+        memo[id(self.marks)] = {COPIED}
         return super().__deepcopy__(memo)
 
     @contextmanager

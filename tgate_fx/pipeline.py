@@ -14,7 +14,7 @@ from .compiled.regional import RegionalPhases
 from .compiled.settings import CompileSettings
 from .compiled.whole import WholePhases
 from .deepcache import DeepCache
-from .dispatch import COPIED, SPLIT, Dispatch
+from .dispatch import SPLIT, Dispatch
 from .errors import ArgumentError, StateError, UnsupportedError
 from .gated import Gated, check_not_gated, gated_of
 from .keywords import refuse_unknown
@@ -195,6 +195,10 @@ def attach(
     make_phases: Callable[[Network], Phases],
 ) -> None:
     """Gate a pipeline whose denoisers these networks are."""
+    if not isinstance(gate_companions, bool):
+        raise ArgumentError(
+            f"gate_companions={gate_companions!r} ({type(gate_companions).__name__}) was given: expected True or False."
+        )
     gated, companions = (
         [GatedNetwork(network, make_phases(network)) for network in each]
         for each in (networks, companions_of(pipe) if gate_companions else [])
@@ -247,7 +251,7 @@ def restore(target: Any) -> None:
         dispatch = Dispatch.of(target)
         if dispatch is None:
             raise StateError(f"This {type(target).__name__} is not split: expected a denoiser given to tgate_fx.split.")
-        if not dispatch.owners & {SPLIT, COPIED}:
+        if dispatch.gates and not dispatch.marks:
             raise StateError(
                 f"This {type(target).__name__} belongs to a gated pipeline: expected a denoiser given to "
                 "tgate_fx.split. Call tgate_fx.restore(pipe) with the pipeline."
