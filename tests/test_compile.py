@@ -424,6 +424,29 @@ def test_inductor_agrees_with_eager_on_a_transformer_whose_weights_change(monkey
 
 
 @pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"backend": "bogus"}, "torch.compile does not take backend='bogus'"),
+        ({"backend": None}, "backend=None (NoneType) was given: expected a backend's name"),
+        ({"mode": "bogus"}, "mode='bogus'"),
+        ({"mode": 5}, "mode=5 (int) was given"),
+        ({"options": {"bogus": 1}}, "Unexpected optimization option bogus"),
+        ({"options": {"freezing": "no"}}, "freezing, got str should be bool"),
+        ({"options": [1]}, "options=[1] (list) was given"),
+        ({"options": {1: 1}}, "expected a dict of options by name"),
+        ({"dynamic": "yes"}, "dynamic='yes' (str) was given"),
+        ({"regional": "no"}, "regional='no' (str) was given: expected True or False"),
+        ({"gate_companions": "no"}, "gate_companions='no' (str) was given"),
+    ],
+)
+def test_settings_that_torch_does_not_take_are_refused_at_once(given: dict[str, Any], message: str) -> None:
+    pipe = tiny.make("sd-small")
+    with pytest.raises(tgate_fx.ArgumentError, match=says(message)):
+        tgate_fx.compile(pipe, 2, **given)
+    tgate_fx.compile(pipe, 2, backend="eager")
+
+
+@pytest.mark.parametrize(
     ("settings", "device", "options"),
     [
         (CompileSettings(), "cpu", {"freezing": True}),

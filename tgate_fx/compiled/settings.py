@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..errors import UnsupportedError
+from ..errors import ArgumentError, UnsupportedError
 from . import private
 
 _CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
@@ -22,6 +22,10 @@ def _has_cuda_graphs(device: torch.device) -> bool:
 def options_with_mode(mode: str | None, options: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return what inductor itself takes, which knows no modes: the options that a mode stands for, and those given."""
     return {**(private.mode_options(mode) if mode else {}), **(options or {})}
+
+
+def _nothing() -> None:
+    """Is what torch.compile is given to look at settings."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,10 @@ class CompileSettings:
     regional: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse what OpenVINO and regions cannot do."""
+        """Refuse what torch.compile does not take, and what OpenVINO and regions cannot do."""
+        self._check_kinds()
+        if isinstance(self.backend, str) and self.backend != "openvino":
+            self._check_by_torch(self.backend)
         if self.regional and (self.options or {}).get("freezing"):
             raise UnsupportedError(
                 'regional=True and options={"freezing": True} were both given: expected one of them, since a frozen '
@@ -61,6 +68,34 @@ class CompileSettings:
                 'backend="openvino" was given, and OpenVINO is not installed: expected the package openvino. '
                 "pip install 'tgate_fx[openvino]'."
             )
+
+    def _check_kinds(self) -> None:
+        options = self.options
+        is_options = isinstance(options, Mapping) and all(isinstance(name, str) for name in options)
+        for name, is_right, expected in (
+            ("backend", isinstance(self.backend, str) or callable(self.backend), "a backend's name, or a function"),
+            ("mode", self.mode is None or isinstance(self.mode, str), "a mode's name, or None"),
+            ("dynamic", self.dynamic is None or isinstance(self.dynamic, bool), "True, False or None"),
+            ("options", options is None or is_options, "a dict of options by name, or None"),
+            ("regional", isinstance(self.regional, bool), "True or False"),
+        ):
+            if not is_right:
+                value = getattr(self, name)
+                raise ArgumentError(f"{name}={value!r} ({type(value).__name__}) was given: expected {expected}.")
+
+    def _check_by_torch(self, backend: str) -> None:
+        """Raise `ArgumentError` for a backend, mode or option that torch.compile does not know; it compiles nothing."""
+        given: list[dict[str, Any]] = [{"mode": self.mode}, {"options": dict(self.options or {}) or None}]
+        for setting in given if backend == "inductor" else ({},):
+            try:
+                torch.compile(_nothing, backend=backend, **setting)
+            except Exception as error:  # of many kinds
+                said = " ".join(f"{name}={value!r}" for name, value in {"backend": backend, **setting}.items() if value)
+                why = str(error).partition(", known options")[0]
+                raise ArgumentError(
+                    f"torch.compile does not take {said}: {why}. Expected one of torch.compiler.list_backends(), and "
+                    "modes and options of inductor's."
+                ) from error
 
     def options_for(self, device: torch.device) -> dict[str, Any] | None:
         """Return the ``options`` for graphs on this device."""
