@@ -46,6 +46,7 @@ BAD: tuple[dict[str, Any], ...] = (
     {"prompt": "a red star", "steps": "many"},
     {"prompt": "a red star", "guidance_scale": -1.0},
     {"prompt": "a red star", "gate_step": 0},
+    {"prompt": "a red star", "steps": 8, "gate_step": 8},
     {"prompt": "a red star", "size": 9},
     {"prompt": "a red star", "guidance_scale": math.inf},
     {"prompt": "a red star", "guidance_scale": math.nan},
@@ -118,7 +119,7 @@ def _plan(rng: random.Random, steps: int) -> tuple[str, dict[str, Any]]:
         "prompt": random_scene(rng).caption(rng),
         "seed": _FAILS if kind == "failing" else rng.randrange(2**31),
         "steps": steps + rng.randrange(3),
-        "gate_step": rng.randint(1, steps),
+        "gate_step": rng.randint(1, steps - 1),
         "guidance_scale": rng.uniform(1.5, 12.0),
     }
     return kind, body

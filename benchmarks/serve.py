@@ -5,10 +5,11 @@
         -d '{"prompt": "a large red star in the centre on a plain white background", "seed": 1}'
 
 One pipeline generates one image after the other; requests wait in a queue of limited length. What cannot be served is
-refused with a reason: 422 for a request that is wrong, 413 for one of more than 64 kB and 408 for one that does not
-arrive, 503 when the queue is full, 500 when generating failed, after which the next request is served as usual. A
-client that goes away while it waits is not generated for, and a connection whose headers do not arrive is closed. Put
-it behind a proxy, which limits connections.
+refused with a reason: 422 for a request that is wrong, 400 for one that Python does not read (numbers of thousands of
+digits, lists in lists without end), 413 for one of more than 64 kB and 408 for one that does not arrive, 503 when the
+queue is full, 500 when generating failed, after which the next request is served as usual. A client that goes away
+while it waits is not generated for, and a connection whose headers do not arrive is closed. Put it behind a proxy,
+which limits connections.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from PIL.Image import Image
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 import tgate_fx
 from tgate_fx import demo
@@ -55,6 +56,12 @@ class ImageRequest(BaseModel):
     steps: Annotated[int, Field(ge=2, le=100)] = 25
     gate_step: Annotated[int, Field(ge=1, le=100)] = 10
     guidance_scale: Annotated[float, Field(gt=1.0, le=20.0, allow_inf_nan=False)] = 7.5
+
+    @model_validator(mode="after")
+    def _has_a_gated_step(self) -> ImageRequest:
+        if self.gate_step >= self.steps:
+            raise ValueError(f"gate_step {self.gate_step} of {self.steps} steps: expected less, for a step to be gated")
+        return self
 
 
 Generate = Callable[[ImageRequest], Image]

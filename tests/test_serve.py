@@ -45,6 +45,10 @@ def test_bad_requests_are_refused_with_a_reason(pipe: object) -> None:
             assert answer.json()["detail"]
         answer = httpx.post(f"{address}/images", content=b"{not json", headers=JSON)
         assert answer.status_code == 422
+        for content in (b'{"seed": ' + b"1" * 5000 + b"}", b"[" * 20000, b'{"prompt": "\xff"}'):
+            answer = httpx.post(f"{address}/images", content=content, headers=JSON)
+            assert answer.status_code == 400
+            assert answer.json()["detail"]
         assert httpx.get(f"{address}/health").json()["accepted"] == 0
 
 
