@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import gc
 import inspect
 import re
 import types
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -459,6 +461,23 @@ def test_without_their_names_caches_are_kept_whole_and_taken_to_be_on(take: Take
         take("torch.compiler._cache.CacheArtifactManager.with_fresh_cache")
         assert aot.caches_are_on()
         assert isinstance(aot.caches_of_their_own(), nullcontext)
+
+
+def test_without_a_count_of_uses_packed_weights_are_right_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(tensor: torch.Tensor) -> None:
+        raise AttributeError("_use_count")
+
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    source = weight.to_mkldnn()  # whose memory is read next
+    data, description = aot.packed_with_description(source)
+    kept = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    monkeypatch.setattr(torch.Tensor, "_use_count", property(gone), raising=False)
+    tensor = aot.packed_tensor(kept, "float32", (64, 64), (64, 1), description)
+    assert torch.equal(tensor.to_dense(), weight)
+    is_there = weakref.ref(tensor)
+    del tensor
+    gc.collect()
+    assert is_there() is not None
 
 
 def names_of(door: types.ModuleType) -> set[str]:
