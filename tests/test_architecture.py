@@ -18,7 +18,7 @@ ROOT = Path(tgate_fx.__file__).parent
 LAYERS = """
 errors
 private keywords roles rows
-inputs forward_patch deepcache auto_gate checked schedule cache guidance forecast held_difference
+inputs forward_patch deepcache auto_gate checked schedule cache guidance pipeline_guidance forecast held_difference
 one_batch separate_calls families
 sites split
 dispatch network

@@ -15,6 +15,7 @@ import tgate_fx
 from tests import oracle, tiny, zoo
 from tests.conftest import CountingBackend
 from tests.test_compile import relative_error
+from tgate_fx.pipeline_guidance import _DECIDE_ONCE
 
 ENTRIES = zoo.entries()
 GATE = 2
@@ -98,6 +99,8 @@ CUT_SHORT = [
     ("StableDiffusionXLControlNetUnionPipeline", {"denoising_end": 0.5}),
     ("StableDiffusionXLControlNetUnionInpaintPipeline", {"denoising_end": 0.5}),
     ("StableDiffusionXLAdapterPipeline", {"denoising_end": 0.5}),
+    ("StableDiffusionXLControlNetPAGPipeline", {"denoising_end": 0.5}),
+    ("StableDiffusionXLInstructPix2PixPipeline", {"denoising_end": 0.5}),
     ("StableDiffusionInpaintPipelineLegacy", {"strength": 0.5}),
     ("VideoToVideoSDPipeline", {"strength": 0.5}),
 ]
@@ -110,13 +113,91 @@ def test_a_share_is_of_the_steps_that_are_run(name: str, cut: dict[str, float]) 
     pipe = entry.make()
     for scheduler in ("DDIM", "EulerDiscrete"):
         pipe.scheduler = tiny.scheduler(scheduler)
-        tgate_fx.gate(pipe, 0.5, forecast=5)
+        whole = {"after_gate": "both"} if entry.form == "whole" else {"forecast": 5}
+        tgate_fx.gate(pipe, 0.5, **whole)
         entry.run(pipe, num_inference_steps=16, **cut)
         report = tgate_fx.report(pipe)
         assert len(report.steps) in (7, 8)  # by the spacing of the timesteps
         assert report.gate == 4
         assert report.steps[-1].phase == "post-gate"
         tgate_fx.restore(pipe)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "steps"),
+    [
+        ("AmusedImg2ImgPipeline", {"strength": 0.5, "num_inference_steps": 16}, 8),
+        ("AmusedInpaintPipeline", {"strength": 0.5, "num_inference_steps": 16}, 8),
+        ("AceStepPipeline", {"timesteps": [1.0, 0.8, 0.6, 0.4, 0.2], "num_inference_steps": 3}, 5),
+        ("AceStepPipeline", {"num_inference_steps": 6}, 6),
+    ],
+)
+def test_a_share_is_of_the_steps_that_the_call_asks_for(name: str, given: dict[str, Any], steps: int) -> None:
+    entry = zoo.entry_of(name)
+    pipe = tgate_fx.gate(entry.make(), 0.5, **entry.settings)
+    entry.run(pipe, **given)
+    report = tgate_fx.report(pipe)
+    assert (len(report.steps), report.gate) == (steps, round(steps / 2))
+
+
+@pytest.mark.parametrize("name", ["StableUnCLIPPipeline", "StableUnCLIPImg2ImgPipeline"])
+def test_an_image_that_is_embedded_like_a_class_counts_after_the_gate(name: str) -> None:
+    """The other branch has zeros in its place."""
+    entry = zoo.entry_of(name)
+    pipe = tgate_fx.gate(entry.make(), GATE, **entry.settings)
+    empty: list[list[bool]] = []
+    hook = pipe.unet.class_embedding.register_forward_pre_hook(
+        lambda module, args: empty.append([not bool(row.any()) for row in args[0]])
+    )
+    got = entry.run(pipe)
+    assert empty == [[True, False]] * GATE + [[False]] * (zoo.STEPS - GATE)
+    hook.remove()
+    assert torch.equal(entry.run(pipe, after_gate="positive"), got)
+
+
+def turns_guidance_off(pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    pipe._guidance_scale = 1.0
+    return {}
+
+
+@pytest.mark.parametrize("name", sorted(_DECIDE_ONCE))
+def test_guidance_that_a_pipeline_decides_on_once_stays_as_it_is(name: str) -> None:
+    """Whatever a callback does to the scale, of which the property tells."""
+    entry = zoo.entry_of(name)
+    pipe = entry.make()
+    tgate_fx.gate(pipe, GATE, **entry.settings)
+    if "callback_on_step_end" not in inspect.signature(type(pipe).__call__).parameters:
+        pytest.skip("it takes no callback")
+    entry.run(pipe)
+    batches = [step.batch for step in tgate_fx.report(pipe).steps]
+    for _ in range(2):
+        entry.run(pipe, callback_on_step_end=turns_guidance_off)
+        assert [step.batch for step in tgate_fx.report(pipe).steps] == batches
+
+
+def test_a_pipeline_that_guides_at_every_scale_is_gated_so() -> None:
+    entry = zoo.entry_of("DreamLitePipeline")
+    pipe = tgate_fx.gate(entry.make(), GATE, **entry.settings)
+    for scale in (1.0, 3.5):
+        entry.run(pipe, guidance_scale=scale)
+        assert [step.batch for step in tgate_fx.report(pipe).steps] == [2, 2, 1, 1]
+
+
+def test_calls_of_two_steps_are_no_pair() -> None:
+    """Kandinsky 5 begins without guidance, and does not begin with it when the scale is changed."""
+
+    def turns_guidance_on(pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        pipe._guidance_scale = 4.0
+        return {}
+
+    entry = zoo.entry_of("Kandinsky5T2VPipeline")
+    pipe = tgate_fx.gate(entry.make(), GATE, **entry.settings)
+    names = ("negative_prompt_embeds_qwen", "negative_prompt_embeds_clip", "negative_prompt_cu_seqlens")
+    unguided = {"guidance_scale": 1.0, **dict.fromkeys(names)}
+    expected = entry.run(pipe, **unguided)
+    with pytest.raises(tgate_fx.UnsupportedError, match="called twice in a step, but with other latents"):
+        entry.run(pipe, **unguided, callback_on_step_end=turns_guidance_on)
+    assert torch.equal(entry.run(pipe, **unguided), expected)
 
 
 def outputs_of(pipe: Any, entry: zoo.Entry) -> tuple[torch.Tensor, list[torch.Tensor]]:

@@ -22,7 +22,7 @@ from tests.conftest import CountingBackend
 from tests.test_refusals import says
 from tests.zoo import entry_of, seeded
 from tgate_fx.gated import Gated
-from tgate_fx.guidance import GuidanceIsOn
+from tgate_fx.pipeline_guidance import GuidanceIsOn
 from tgate_fx.roles import Role, Roles
 from tgate_fx.split import phase_function
 

@@ -81,6 +81,8 @@ def test_another_call_of_the_denoiser_for_a_cover() -> None:
     pipe = tgate_fx.gate(ace_step.make(), gate_step=2)
     with pytest.raises(tgate_fx.UnsupportedError, match=says("audio_cover_strength=0.5", CALLS, "strength=1.0")):
         audio(pipe, audio_cover_strength=0.5, task_type="cover", src_audio=torch.zeros(2, 64))
+    with pytest.raises(tgate_fx.UnsupportedError, match=says("audio_cover_strength=0.5", CALLS, "strength=1.0")):
+        audio(pipe, audio_cover_strength=0.5, audio_codes="<|audio_code_1|>")  # which make a cover of any task
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,10 @@ from .companion_run import CompanionRun
 from .companions import only_conditional
 from .errors import ArgumentError, StateError, UnsupportedError
 from .gated_class import AS_GATED, ATTRIBUTE, KEYWORDS, gate_of, gated_class, plain_class
-from .guidance import GuidanceIsOn, check_known_guidance, check_settings
 from .keywords import check_not_misspelt
 from .network import Network
 from .phases import Phases
+from .pipeline_guidance import GuidanceIsOn, check_known_guidance, check_settings, unconditional_is_empty
 from .run import GatedNetwork, Run
 from .schedule import Schedule
 from .step_count import fresh_step_count, step_count
@@ -114,15 +114,15 @@ class Gated:
         self.check(pipe, schedule)
         bound = functools.partial(_bound, self.parameters, (pipe, *args), kwargs)
         control_is_conditional = only_conditional(pipe, bound("guess_mode"))
-        if schedule.after_gate == "negative" and (control_is_conditional or bound("gligen_boxes") is not None):
-            schedule = dataclasses.replace(schedule, after_gate="positive")  # the other branch has zeros in their place
+        if schedule.after_gate == "negative" and (control_is_conditional or unconditional_is_empty(pipe, bound)):
+            schedule = dataclasses.replace(schedule, after_gate="positive")
         if schedule.acts:
             check_settings(pipe, bound)
         steps = Steps(
             pipe,
             schedule,
             guided=GuidanceIsOn(pipe, bound("guidance_scale")),
-            count=functools.partial(step_count, pipe, end=bound("denoising_end")),
+            count=functools.partial(step_count, pipe, end=bound("denoising_end"), strength=bound("strength")),
             calls_back=bound("callback_on_step_end") is not None or bound("callback") is not None,
             only_conditional=control_is_conditional,
         )

@@ -28,9 +28,9 @@ class OneBatch(GuidanceForm):
         if rows % 2 or not torch.equal(own[: rows // 2], own[rows // 2 :]):
             raise UnsupportedError(
                 f"Guidance is on, but the denoiser was given {rows} rows that are not the same latents twice: expected "
-                "one batch of an unconditional and a conditional branch. This pipeline guides in another way (separate "
-                "calls, three chunks); use it with gate_step=None or guidance off. Three chunks go on with "
-                "after_gate='both'."
+                "one batch of an unconditional and a conditional branch. This pipeline or loop guides in another way "
+                "(separate calls, three chunks, a ControlNet in guess mode by hand); use it with gate_step=None or "
+                "guidance off. Three chunks go on with after_gate='both'."
             )
         self.one_branch(dict(inputs), rows, gated=False)
 

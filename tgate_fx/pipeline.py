@@ -69,7 +69,8 @@ def gate(
             of all. "both": the whole batch with a cache for each branch, and guidance goes on. None is
             upstream's rule where it has one ("positive" for Stable Video Diffusion, "negative" for other Stable
             Diffusion and PixArt), "positive" for all others, and with ``cache_weight=1.0``. Where the other branch has
-            zeros in place of control (``guess_mode``, GLIGEN's boxes), "positive" goes on in place of "negative".
+            zeros in place of control (``guess_mode``, GLIGEN's boxes, the image of StableUnCLIP), "positive" goes on in
+            place of "negative".
         cache_weight: what is cached where one branch goes on: ``lerp(unconditional, conditional, cache_weight)`` of the
             branches' outputs, from 0 to 1. 0.5 is T-GATE's mean, 1.0 the conditional branch's own. It changes no graph.
         forecast: from the gate on, the denoiser is computed at every such step, counted from the gate and from each of

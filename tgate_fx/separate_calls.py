@@ -29,7 +29,7 @@ class SeparateCalls(GuidanceForm):
     def check(self, inputs: Mapping[str, Any], latents: torch.Tensor) -> None:
         """See that both calls have the same latents; see `GuidanceForm.check`."""
         if self._call == 0:
-            self._latents = latents
+            self._latents = latents.clone()  # Kandinsky 5 writes each step's latents over the last one's
             self._conditioned = inputs.get(self._rows.conditioned or "")
             return
         first, self._latents = self._latents, None

@@ -18,14 +18,28 @@ _RECORD_ALL_LOOPS = frozenset(("LTX2DFRTemporalRefinePipeline",))
 _XL = "StableDiffusionXL"
 _CUT_LATER = frozenset(
     f"{_XL}{name}Pipeline"
-    for name in ("ControlNet", "ControlNetInpaint", "ControlNetUnion", "ControlNetUnionInpaint", "Adapter")
+    for name in (
+        "ControlNet",
+        "ControlNetInpaint",
+        "ControlNetPAG",
+        "ControlNetUnion",
+        "ControlNetUnionInpaint",
+        "Adapter",
+        "InstructPix2Pix",
+    )
 )
+
+# Pipelines that record how many steps they were asked for, which are others where timesteps are given.
+_RECORD_WHAT_IS_ASKED = frozenset(("AceStepPipeline",))
+
+# Pipelines that begin within their timesteps by ``strength``, and whose denoiser is given none to see it by.
+_CUT_BY_STRENGTH = frozenset(("AmusedImg2ImgPipeline", "AmusedInpaintPipeline"))
 
 # Pipelines that leave out the scheduler's last timestep.
 _LEAVE_LAST_OUT = frozenset(("LTXI2VLongMultiPromptPipeline",))
 
 
-def step_count(pipe: Any, timestep: Any = None, *, end: Any = None) -> int | None:
+def step_count(pipe: Any, timestep: Any = None, *, end: Any = None, strength: Any = None) -> int | None:
     """Return how many times the denoising loop that has just begun will call the denoiser, or None if unknown.
 
     Pipelines that cut their timesteps short (image-to-image, ``denoising_end``) record the number that is left; the
@@ -35,11 +49,12 @@ def step_count(pipe: Any, timestep: Any = None, *, end: Any = None) -> int | Non
         pipe: the pipeline, in the middle of its call.
         timestep: of the first call of the denoiser.
         end: the call's ``denoising_end``.
+        strength: the call's ``strength``.
     """
     names = {base.__name__ for base in type(pipe).__mro__}
     timesteps = getattr(getattr(pipe, "scheduler", None), "timesteps", None)
     recorded = vars(pipe).get(private.STEP_COUNT, getattr(pipe, "num_timesteps", None))
-    if recorded is not None and not names & _RECORD_ALL_LOOPS:
+    if recorded is not None and not names & (_RECORD_ALL_LOOPS | _RECORD_WHAT_IS_ASKED):
         count = int(recorded) - bool(names & _LEAVE_LAST_OUT)
     elif timesteps is None:
         return None
@@ -49,6 +64,8 @@ def step_count(pipe: Any, timestep: Any = None, *, end: Any = None) -> int | Non
             values, first = floats_of(timesteps), noisiest(timestep)
             begin = values.index(first) if first in values else 0  # what models are given may be scaled
         count = len(timesteps) - begin - _ends_without_noise(pipe.scheduler)
+    if names & _CUT_BY_STRENGTH and strength is not None:
+        count = int(count * strength)
     if names & _CUT_LATER and isinstance(end, float) and 0 < end < 1:
         trained: int = pipe.scheduler.config.num_train_timesteps
         last = round(trained - end * trained)  # as these pipelines compute it
