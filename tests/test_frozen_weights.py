@@ -317,3 +317,19 @@ def test_weights_that_change_before_the_first_step_are_noticed(freezing: Any, mo
     got = tiny.latents(pipe, **kwargs)
     assert torch.equal(got, tiny.latents(eager, **kwargs))
     assert not torch.equal(got, before)
+
+
+def test_two_graphs_that_hold_different_values_of_a_weight_are_noticed() -> None:
+    """Though it is again what it was when the first one was compiled."""
+    module = nn.Linear(4, 4).requires_grad_(False)
+    weights = FrozenWeights(module)
+    weights.add([module.weight])
+    module.weight.data.mul_(2)
+    weights.add([module.weight, module.bias])
+    module.weight.data.div_(2)
+    weights.begin()
+    assert weights.changed()
+    fresh = FrozenWeights(module)
+    for _ in range(2):
+        fresh.add([module.weight, module.bias])
+    assert not fresh.changed()

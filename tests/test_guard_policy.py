@@ -270,3 +270,47 @@ def test_what_is_patched_in_is_not_trusted(
     if not gated_first:
         tgate_fx.gate(pipe)
     assert not runs_only_known_code(pipe, plain_class(pipe), pipe.unet)
+
+
+class Stepper:
+    """Something to call that is no function."""
+
+    def __init__(self, step: Callable[..., Any]) -> None:
+        self._step = step
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._step(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "wrap", [torch.no_grad(), torch._dynamo.disable, Stepper, functools.lru_cache, functools.partial]
+)
+@pytest.mark.parametrize("owner", ["scheduler", "unet", "pipe"])
+def test_code_within_what_a_known_package_makes_of_it_is_not_trusted(
+    wrap: Callable[[Any], Any], owner: str, backend: CountingBackend
+) -> None:
+    pipe = tiny.make("sd-small")
+    name = {"scheduler": "step", "unet": "get_time_embed", "pipe": "progress_bar"}[owner]
+    thing = pipe if owner == "pipe" else getattr(pipe, owner)
+    plain = getattr(thing, name)
+    tgate_fx.gate(pipe)
+    assert runs_only_known_code(pipe, plain_class(pipe), pipe.unet)
+    setattr(thing, name, wrap(lambda *args, **kwargs: plain(*args, **kwargs)))
+    assert not runs_only_known_code(pipe, plain_class(pipe), pipe.unet)
+
+
+def test_a_decorated_step_that_changes_modules_is_seen(backend: CountingBackend) -> None:
+    results = []
+    for compiled in (False, True):
+        pipe = tiny.make("sd-small")
+        hook, plain = freeu_at_fifth(pipe), pipe.scheduler.step
+
+        @torch.no_grad()
+        def step(*args: Any, hook: Any = hook, plain: Any = plain, **kwargs: Any) -> Any:
+            hook()
+            return plain(*args, **kwargs)
+
+        pipe.scheduler.step = step
+        tgate_fx.compile(pipe, 2, backend=backend) if compiled else tgate_fx.gate(pipe, 2)
+        results.append(tiny.latents(pipe, **KWARGS))
+    assert torch.equal(*results)

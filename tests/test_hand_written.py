@@ -12,8 +12,9 @@ from diffusers import StableDiffusionPipeline
 import tgate_fx
 from tests import tiny
 from tests.conftest import CountingBackend
+from tests.test_compile import relative_error
 from tests.test_refusals import says
-from tests.zoo import wan
+from tests.zoo import entry_of, noise, wan
 from tgate_fx.gated import gated_of
 
 STEPS = 5
@@ -185,3 +186,54 @@ def test_an_interrupted_call_before_it_does_not_hide_that_nothing_was_gated() ->
     assert pipe.interrupt
     with pytest.raises(tgate_fx.StateError, match=says("without a call of pipe.unet")), _generation(pipe):
         pass
+
+
+@pytest.mark.parametrize("rule", [{}, {"forecast": 2}, {"after_gate": "guided"}], ids=str)
+@pytest.mark.parametrize("how", ["after both", "between"])
+def test_a_loop_may_write_to_what_it_is_given(rule: dict[str, Any], how: str) -> None:
+    """Guidance over two calls in place, as ungated: neither call's output is the other's, or kept."""
+    entry = entry_of("WanPipeline")
+    inputs = entry.inputs()
+    given = inputs["prompt_embeds"], inputs["negative_prompt_embeds"]
+    results = []
+    for in_place in (False, True):
+        pipe = tgate_fx.gate(entry.make(), 2, **rule)
+        pipe.scheduler.set_timesteps(6)
+        latents = noise(1, 16, 2, 2, 2)
+        with torch.no_grad(), tgate_fx.generation(pipe, 6, guided=True):
+            for t in pipe.scheduler.timesteps:
+                timestep = t.expand(1)
+
+                def call(text: torch.Tensor, pipe: Any = pipe, x: Any = latents, timestep: Any = timestep) -> Any:
+                    return pipe.transformer(x, timestep, text, return_dict=False)[0]
+
+                cond = call(given[0])
+                if in_place and how == "between":
+                    scaled = cond.mul_(4.0)
+                    guided = scaled.add_(call(given[1]), alpha=-3.0)
+                elif in_place:
+                    uncond = call(given[1])
+                    guided = cond.sub_(uncond).mul_(4.0).add_(uncond)
+                else:
+                    guided = 4.0 * cond - 3.0 * call(given[1])
+                latents = pipe.scheduler.step(guided, t, latents).prev_sample
+        results.append(latents)
+    assert relative_error(results[1], results[0]) < 1e-5
+
+
+def test_a_loop_may_write_to_its_timesteps() -> None:
+    """The level of noise at the last full step is that of the timestep as it was then."""
+    results = []
+    for writes in (False, True):
+        pipe = tiny.make("sd-small")
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, prediction_type="v_prediction")
+        tgate_fx.gate(pipe, 2, after_gate="guided")
+        pipe.scheduler.set_timesteps(5)
+        latents, text, buffer = noise(1, 4, 16, 16), noise(2, 77, 32), torch.zeros(1, dtype=torch.long)
+        with torch.no_grad(), tgate_fx.generation(pipe, 5, guided=True):
+            for t in pipe.scheduler.timesteps:
+                timestep = (buffer.fill_(t) if writes else t).expand(2)
+                uncond, cond = pipe.unet(torch.cat([latents] * 2), timestep, text).sample.chunk(2)
+                latents = pipe.scheduler.step(uncond + 7.5 * (cond - uncond), t, latents).prev_sample
+        results.append(latents)
+    assert torch.equal(*results)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 
@@ -192,11 +194,6 @@ def test_an_error_leaves_every_scale_as_it_was() -> None:
 def test_a_lora_has_its_own_scales_in_an_artifact(settings: dict[str, Any], tmp_path: Path) -> None:
     """Under `compile` they are tensors while a generation runs, and were left so for the structure."""
 
-    def with_lora() -> Any:
-        pipe = tiny.make("sd-small")
-        load(pipe, "one")
-        return pipe
-
     pipe = tgate_fx.compile(with_lora(), GATE, **settings)
     expected = run(pipe)
     tgate_fx.save(pipe, tmp_path / "artifact", height=KWARGS["height"], width=KWARGS["width"])
@@ -205,3 +202,85 @@ def test_a_lora_has_its_own_scales_in_an_artifact(settings: dict[str, Any], tmp_
     assert torch.equal(run(pipe), expected)
     tgate_fx.restore(pipe)
     assert not any(isinstance(scale, torch.Tensor) for scale in scales(pipe))
+
+
+SCALED = {"cross_attention_kwargs": {"scale": 0.37}}
+
+
+def with_lora() -> Any:
+    pipe = tiny.make("sd-small")
+    load(pipe, "one")
+    return pipe
+
+
+@pytest.mark.parametrize("looks", ["graphs", "ladder"])
+@pytest.mark.parametrize("scale", [0.37, 0.0])
+def test_looking_at_a_pipeline_leaves_the_scales_as_they_are(looks: str, scale: float) -> None:
+    """Though the last call had a scale, with which the denoiser is traced or run."""
+    pipe = tgate_fx.compile(with_lora(), GATE, backend="eager")
+    pipe.set_adapters(["one"], [0.5])
+    expected = run(pipe)
+    for _ in range(2):
+        scaled = run(pipe, cross_attention_kwargs={"scale": scale})
+    tgate_fx.graphs(pipe) if looks == "graphs" else tgate_fx.report(pipe, ladder=True)
+    assert set(map(float, scales(pipe))) == {0.5}
+    assert torch.equal(run(pipe), expected)
+    assert torch.equal(run(pipe, cross_attention_kwargs={"scale": scale}), scaled)
+    tgate_fx.restore(pipe)
+    assert set(scales(pipe)) == {0.5}
+
+
+def test_a_calls_scale_is_not_for_others_who_share_the_denoiser() -> None:
+    """Not for a plain pipeline that a callback calls, nor for a compiled one that takes turns with it."""
+    pipe = with_lora()
+    plain, other = (diffusers.StableDiffusionPipeline(**pipe.components, requires_safety_checker=False) for _ in "ab")
+    for each in (plain, other):
+        each.set_progress_bar_config(disable=True)
+        each.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    expected = run(plain)
+    tgate_fx.compile(pipe, GATE, backend="eager")
+    tgate_fx.compile(other, GATE, backend="eager")
+    calls = ((pipe, SCALED), (other, {"cross_attention_kwargs": {"scale": 0.8}}))
+    alone = [run(each, **scale) for each, scale in calls]
+    got = []
+
+    def calls_plain(pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if step == 1:
+            got.append(run(plain))
+        return kwargs
+
+    assert torch.equal(run(pipe, **SCALED, callback_on_step_end=calls_plain), alone[0])
+    assert torch.equal(got[0], expected)
+    for _ in range(3):
+        with ThreadPoolExecutor(2) as pool:
+            together = list(pool.map(lambda call: run(call[0], **call[1]), calls))
+        assert all(map(torch.equal, together, alone))
+    tgate_fx.restore(pipe)
+    tgate_fx.restore(other)
+    assert set(scales(pipe)) == {1.0}
+    assert torch.equal(run(plain), expected)
+
+
+def test_scales_that_a_hook_sets_between_steps_are_those_of_the_next() -> None:
+    results = []
+    for compiled in (False, True):
+        pipe = with_lora()
+        tgate_fx.compile(pipe, GATE, backend="eager") if compiled else tgate_fx.gate(pipe, GATE)
+        seen: list[int] = []
+
+        def changes(module: Any, args: Any, pipe: Any = pipe, seen: list[int] = seen) -> None:
+            seen.append(1)
+            if len(seen) == 3:
+                pipe.set_adapters(["one"], [0.2])
+
+        pipe.unet.register_forward_pre_hook(changes)
+        results.append(run(pipe, **SCALED))
+    assert relative_error(results[1], results[0]) < 1e-5
+
+
+def test_a_scale_without_a_lora_takes_no_graph(backend: CountingBackend) -> None:
+    pipe = tgate_fx.compile(tiny.make("sd-small"), GATE, backend=backend)
+    expected = run(pipe)
+    for scale in (0.3, 0.7):
+        assert torch.equal(run(pipe, cross_attention_kwargs={"scale": scale}), expected)
+    assert len(backend.graphs) == 2

@@ -480,6 +480,14 @@ def test_without_a_count_of_uses_packed_weights_are_right_and_kept(monkeypatch: 
     assert is_there() is not None
 
 
+def test_without_torchs_name_a_wrapper_says_by_pythons_what_it_wraps() -> None:
+    def own() -> None: ...
+
+    assert private.wrapped(SimpleNamespace(_torchdynamo_orig_callable=own)) is own
+    assert private.wrapped(torch.no_grad()(own)) is own
+    assert private.wrapped(own) is None
+
+
 def names_of(door: types.ModuleType) -> set[str]:
     """The names that a door uses: dotted ones, those of attributes it asks for, and settings it changes."""
     tree = ast.parse(inspect.getsource(door))

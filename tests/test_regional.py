@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pytest
@@ -140,3 +141,18 @@ def test_a_mode_reaches_the_backend(regional: bool) -> None:
     kwargs = {**tiny.inputs("sd-small"), "num_inference_steps": 4}
     assert torch.equal(tiny.latents(pipe, **kwargs), tiny.latents(tgate_fx.gate(tiny.make("sd-small"), 2), **kwargs))
     assert set(modes) == {mode}
+
+
+@blocks_share_graphs
+def test_blocks_whose_sites_are_wrapped_have_graphs_of_their_own(backend: CountingBackend) -> None:
+    """More of them than one function of torch.compile may have graphs: none is compiled again."""
+    pipe = tiny.pixart(num_layers=10)
+    tgate_fx.compile(pipe, 2, regional=True, backend=backend)
+    for name, module in pipe.transformer.named_modules():
+        if name.endswith("attn2"):
+            module.forward = functools.partial(module.forward)
+    kwargs = {**tiny.inputs("pixart-alpha-256"), "num_inference_steps": 4}
+    for _ in range(2):
+        tiny.latents(pipe, **kwargs)
+    assert len(backend.graphs) == 20
+    assert tgate_fx.report(pipe).recompiles == 0

@@ -23,6 +23,8 @@ from torch import nn
 import tgate_fx
 from tests import tiny
 from tests.conftest import CountingBackend
+from tests.test_compile import relative_error
+from tests.zoo import noise
 from tgate_fx.forward_patch import ForwardPatch
 
 Case = tuple[nn.Module, dict[str, Any]]
@@ -363,3 +365,68 @@ def test_phases_of_a_split_may_run_in_several_threads() -> None:
     finally:
         sys.setswitchinterval(interval)
     assert wrong == []
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q, self.to_k = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
+        keys = self.to_k(encoder_hidden_states)
+        return torch.softmax(self.to_q(hidden_states) @ keys.transpose(1, 2), -1) @ keys
+
+
+class Block(nn.Module):
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.attn2, self.in_place = Attention(), in_place
+
+    def forward(self, x: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        attended: torch.Tensor = self.attn2(x, encoder_hidden_states=text)
+        return attended.add_(x) if self.in_place else attended + x
+
+
+class Denoiser(nn.Module):
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(in_place) for _ in range(2)])
+
+    def forward(self, x: torch.Tensor, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x, encoder_hidden_states)
+        return x
+
+
+@torch.no_grad()
+def test_a_model_may_write_to_what_its_cross_attention_gave() -> None:
+    writes, plain = Denoiser(True), Denoiser(False)
+    writes.load_state_dict(plain.state_dict())
+    latents, later, text = noise(1, 4, 8), noise(1, 4, 8, seed=2), noise(1, 3, 8, seed=3)
+    pairs = [tgate_fx.split(each) for each in (writes, plain)]
+    caches = [pre(latents, encoder_hidden_states=text)[1] for pre, _ in pairs]
+    assert all(map(torch.equal, *caches))
+    for _ in range(3):
+        outputs = [
+            post(cache, later, encoder_hidden_states=text) for (_, post), cache in zip(pairs, caches, strict=True)
+        ]
+        assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("how", ["gate", "compile"])
+def test_a_hook_may_write_to_what_a_site_gave(how: str) -> None:
+    def halves(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        return output * 0.5
+
+    def halves_in_place(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        output.mul_(0.5)
+
+    results = []
+    for hook in (halves, halves_in_place):
+        pipe = tiny.make("sd-small")
+        for name, module in pipe.unet.named_modules():
+            if name.endswith("attn2"):
+                module.register_forward_hook(hook)
+        tgate_fx.gate(pipe, 2) if how == "gate" else tgate_fx.compile(pipe, 2, backend="aot_eager")
+        results.append(tiny.latents(pipe, **tiny.inputs("sd-small"), num_inference_steps=6))
+    assert relative_error(results[1], results[0]) < 1e-5

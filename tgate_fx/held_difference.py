@@ -48,7 +48,8 @@ class HeldDifference:
     def capture(self, conditional: Any, unconditional: Any, timestep: Any, index: int) -> None:
         """Hold the difference of both branches' outputs at the step with this timestep and index."""
         self._difference = map_both(torch.sub, conditional, unconditional)
-        self._since, self._captured_at = (timestep, index), None
+        kept = timestep.clone() if isinstance(timestep, torch.Tensor) else timestep  # the loop may write to its own
+        self._since, self._captured_at = (kept, index), None
 
     def at(self, timestep: Any, index: int) -> Any:
         """Return the difference for the step with this timestep and index; None if there was no guidance before.

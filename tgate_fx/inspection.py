@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from .compiled.lora_scales import own_scales
 from .gated import Gated, gated_of
 from .ladder import measure_ladder
 from .network import denoisers_of
@@ -77,4 +78,6 @@ def graphs(pipe: Any) -> dict[str, PhaseGraph]:
         StateError: the pipeline is not gated, or nothing was generated yet.
         CompileError: torch.export cannot trace the denoiser.
     """
-    return graphs_of(gated_of(pipe))
+    gated = gated_of(pipe)
+    with gated.one_at_a_time(), own_scales(gated):
+        return graphs_of(gated)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .compiled.lora_scales import own_scales
 from .errors import StateError
 from .gated import Gated
 from .inputs import latents_of, zeros_like
@@ -28,7 +29,7 @@ def measure_ladder(gated: Gated) -> tuple[Rung, ...]:
     Raises:
         StateError: there are no steps that can be timed.
     """
-    with gated.one_at_a_time(), ExitStack() as stack, torch.no_grad():
+    with gated.one_at_a_time(), own_scales(gated), ExitStack() as stack, torch.no_grad():
         for each in gated.networks:
             stack.enter_context(each.network.dispatch.lock)
         return _rungs(gated)

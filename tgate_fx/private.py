@@ -84,6 +84,13 @@ def has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, name, True) for name in ("_forward_hooks", "_forward_pre_hooks"))
 
 
+def wrapped(function: Any) -> Any:
+    """Return what a function says that it wraps, None if nothing. Without torch's name for its own wrappers: what they
+    say by Python's.
+    """
+    return getattr(function, "_torchdynamo_orig_callable", None) or getattr(function, "__wrapped__", None)
+
+
 def settle_cache_hooks(module: nn.Module) -> None:
     """Put on a model what diffusers' pipelines put on it at the end of their first generation, where they reset caches.
 

@@ -12,7 +12,7 @@ from .cache import StaticCache
 from .errors import StateError, UnsupportedError
 from .forecast import Forecast
 from .held_difference import HeldDifference
-from .inputs import latents_of
+from .inputs import latents_of, map_tensors
 from .network import Network
 from .phases import Example, Phases, example
 from .roles import Kind, Role
@@ -157,7 +157,8 @@ class Run:
         holds = self._held is not None and step.keep[Kind.CROSS_ATTENTION]
         if not holds and not step.is_base and self.steps.watch is None:
             return
-        self._first_output = output if call == 0 else self._first_output
+        if call == 0 and not self._guidance.has_other_branch(True):
+            self._first_output = map_tensors(torch.clone, output)  # the loop may write to its own
         if self._guidance.has_other_branch(True):
             conditional, unconditional = self._guidance.pair(output, self._first_output)
             if self._held is not None and holds:

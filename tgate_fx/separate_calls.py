@@ -10,7 +10,7 @@ import torch
 from .cache import StaticCache, blend
 from .errors import UnsupportedError
 from .guidance import GuidanceForm
-from .inputs import map_both
+from .inputs import map_both, map_tensors
 from .roles import Kind
 
 
@@ -83,8 +83,9 @@ class SeparateCalls(GuidanceForm):
         return first, result
 
     def give_back(self, output: Any, difference: Any) -> tuple[Any, ...]:
-        """Return the output for the first call, and for the second one."""
-        return output, output if difference is None else map_both(torch.sub, output, difference)
+        """Return the output for the first call, and for the second one, each to write to as one likes."""
+        other = map_tensors(torch.clone, output) if difference is None else map_both(torch.sub, output, difference)
+        return output, other
 
 
 class PairedCalls(SeparateCalls):

@@ -2,7 +2,7 @@
 
 A site keeps its module where it is; only the instance's ``forward`` is replaced by one that looks at the site's role.
 The laws of the roles: with every role LIVE the denoiser computes bit for bit what it computed before; a site that is
-REUSE returns the very tensor it is given and computes nothing.
+REUSE returns the tensor it is given, or a copy of it where that may be written to, and computes nothing.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from .deepcache import DeepBranch
 from .errors import StateError, UnsupportedError
 from .forward_patch import ForwardPatch
 from .inputs import map_tensors, on_meta
+from .private import has_hooks
 from .roles import Kind, Role, Roles
 
 
@@ -155,7 +156,7 @@ class Site(Part):
         table, index = self._now()
         role = table.role(index)
         if role is Role.REUSE:
-            return self._cached(table.values[index])
+            return self._of_its_own(table.values[index])
         if role is Role.LIVE:
             return self.original_forward(*args, **kwargs)
         if self.kind is Kind.CROSS_ATTENTION:
@@ -172,8 +173,10 @@ class Site(Part):
             return self._sites.block, self._index_in_block
         return self._sites, self._index
 
-    def _cached(self, value: Any) -> Any:
-        return value.clone() if self.kind is Kind.DEEP_BRANCH else value
+    def _of_its_own(self, value: Any) -> Any:
+        """Return a value that others may write to: FreeU does, and so may a model or a hook that is not diffusers'."""
+        may_be_written = self.kind is Kind.DEEP_BRANCH or self._sites.are_foreign or has_hooks(self._module)
+        return value.clone() if may_be_written else value
 
     def _capture(self, output: Any, table: RoleTable, index: int) -> Any:
         if not isinstance(output, torch.Tensor):
@@ -184,8 +187,7 @@ class Site(Part):
             raise UnsupportedError(
                 f"{self.name} ran more than once in one call of the denoiser: expected once. Turn off what repeats it."
             )
-        # FreeU writes in place into what leaves the deep branch, so that the UNet gets a tensor of its own.
-        table.values[index] = output.clone() if self.kind is Kind.DEEP_BRANCH else output
+        table.values[index] = self._of_its_own(output)
         return output
 
     def _check_text(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -206,7 +208,7 @@ class TupleSite(Site):
         table, index = self._now()
         role = table.role(index)
         if role is Role.REUSE:
-            return (self._cached(table.values[index]),)
+            return (self._of_its_own(table.values[index]),)
         output = self.original_forward(*args, **kwargs)
         if role is Role.CAPTURE:
             self._capture(output[0], table, index)
@@ -247,6 +249,7 @@ class Sites(RoleTable):
             compiled one by one.
         block: what the sites of the block that is being run do, where blocks are compiled one by one.
         detached: whether they were taken off again.
+        are_foreign: whether the denoiser's class is not one of diffusers', of which it is known what it writes to.
     """
 
     def __init__(self, denoiser: nn.Module) -> None:
@@ -256,6 +259,7 @@ class Sites(RoleTable):
         self.sites: list[Site] = []
         self.parts: list[Part] = []
         self.detached = False
+        self.are_foreign = type(denoiser).__module__.partition(".")[0] != "diffusers"
         for name, kind, module in find_sites(denoiser):
             self._attach_site(Site(self, name, kind, module))
 

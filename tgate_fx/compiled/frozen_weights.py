@@ -47,6 +47,7 @@ class FrozenWeights:
         self._listed: list[int] = []
         self._marks: dict[int, _Mark] = {}
         self._read = False
+        self._differs = False  # whether two graphs hold different values of a weight
 
     def add(self, tensors: Iterable[torch.Tensor]) -> None:
         """Note the weights that a graph is about to be compiled with.
@@ -54,7 +55,9 @@ class FrozenWeights:
         Raises:
             UnsupportedError: a tensor cannot be read, so that changes to it would go unnoticed.
         """
-        new = {id(tensor): _mark(tensor) for tensor in tensors if id(tensor) not in self._marks}
+        new = {id(tensor): _mark(tensor) for tensor in tensors}
+        # An earlier graph holds what it was then, though it may be that again when it is looked at next.
+        self._differs |= any(mark.bits != self._marks[name].bits for name, mark in new.items() if name in self._marks)
         if not self._marks:
             self._listed = _listed(self._denoiser)
         self._marks |= new
@@ -72,6 +75,8 @@ class FrozenWeights:
         at_a_glance, self._read = self._read, True
         if not self._marks:
             return False
+        if self._differs:
+            return True
         marks = self._marks.values()
         return self._listed != _listed(self._denoiser) or not all(
             mark.matches(at_a_glance=at_a_glance) for mark in marks

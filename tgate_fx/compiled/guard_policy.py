@@ -15,7 +15,7 @@ from torch import nn
 
 from ..errors import UnsupportedError
 from ..forward_patch import ForwardPatch
-from ..private import has_hooks
+from ..private import has_hooks, wrapped
 from . import private
 
 # Pipelines of diffusers whose loop changes nothing on a denoiser, as a test sees too. (StableDiffusionGLIGENPipeline's
@@ -117,10 +117,17 @@ def _has_nothing_patched_in(thing: Any) -> bool:
 
 
 def _is_known_function(value: Any) -> bool:
-    """Return whether a value is no function, or one that was defined in a known package (whatever it says it wraps)."""
-    while type(value) in _WITHIN or isinstance(value, ForwardPatch):
-        value = getattr(value, _WITHIN.get(type(value), "original_forward"))
-    return not isinstance(value, types.FunctionType) or _is_known_name(value.__globals__.get("__name__", ""))
+    """Return whether a value is nothing to call, or comes from known packages, with all that it wraps."""
+    while value is not None:
+        while type(value) in _WITHIN or isinstance(value, ForwardPatch):
+            value = getattr(value, _WITHIN.get(type(value), "original_forward"))
+        if isinstance(value, (type, nn.Module)) or not callable(value):
+            return True
+        is_function = isinstance(value, types.FunctionType)
+        if not _is_known_name(value.__globals__.get("__name__", "") if is_function else type(value).__module__):
+            return False
+        value = wrapped(value)
+    return True
 
 
 # What a function may be within, and the attribute that has it.

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
 from .. import private
+from ..gated import Gated
 
 _SCALE = "scale"  # within cross_attention_kwargs, or attention_kwargs
+
+# The attribute of diffusers' models that take LoRAs, and so that scale, from the start.
+_TAKES_LORAS = "_hf_peft_config_loaded"
 
 # What the scale of a call is for in a UNet of an older diffusers, which runs its first layers before it looks at that.
 _SCALED = ("down_blocks.", "mid_block.", "up_blocks.", "conv_out")
@@ -21,43 +26,48 @@ class LoraScales:
 
     ``set_adapters`` puts plain numbers there, which torch.compile takes for constants; peft's own
     ``prepare_model_for_compiled_hotswap`` turns them into tensors once, until the next ``set_adapters``. The scale that
-    a call gives for all layers is applied here too, and not within the graph.
+    a call gives for all layers is applied here too, and not within the graph: for a step at a time, since other
+    pipelines may run the denoiser between two steps.
     """
 
     def __init__(self, denoiser: nn.Module) -> None:
         self._denoiser = denoiser
         self._is_partial = type(denoiser).__name__ == "UNet2DConditionModel" and private.scales_lora_late()
-        self._fixed: set[tuple[nn.Module, str]] = set()  # what the scale that a call gives is not for
         self._tensors: dict[tuple[nn.Module, str], torch.Tensor] = {}
         self._numbers: dict[tuple[nn.Module, str], float] = {}  # what was there before
-        self._unscaled: list[tuple[torch.Tensor, torch.Tensor]] = []  # tensors that are scaled now, and what they were
+        self._scaled: list[torch.Tensor] = []  # what the scale that a call gives is for
+        self._own: list[torch.Tensor] = []  # what these are without it
         self._factor: Any = 1.0
         self._is_due = False
-        self._calls_back = False
+        self._may_change = False
 
-    def begin(self, *, calls_back: bool) -> None:
-        """Begin a generation; ``calls_back`` if scales may change between its steps."""
+    def begin(self, *, may_change: bool) -> None:
+        """Begin a generation; ``may_change`` if scales may between its steps."""
         self._is_due = True
-        self._calls_back = calls_back
+        self._may_change = may_change
 
-    def settle(self, inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    def put(self, inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
         """See that every layer's scale is right for this step; return the inputs without the scale for all of them.
 
         The step runs on ``device``.
         """
-        if self._is_due or self._calls_back:
+        if self._is_due or self._may_change:
             self._is_due = False
             self._keep(device)
-        if not self._tensors:
+        if not hasattr(self._denoiser, _TAKES_LORAS):
             return inputs
-        factor, inputs = _without_scale(inputs)
-        if factor != self._factor:
-            self._apply(factor)
+        self._factor, inputs = _without_scale(inputs)
+        if self._factor != 1.0:
+            for tensor in self._scaled:
+                tensor.mul_(self._factor)
         return inputs
 
-    def end(self) -> None:
-        """End the generation: every layer has its own scale again."""
-        self._apply(1.0)
+    def take_out(self) -> None:
+        """End the step: every layer has its own scale again."""
+        if self._factor != 1.0:
+            self._factor = 1.0
+            for tensor, own in zip(self._scaled, self._own, strict=True):
+                tensor.copy_(own)
 
     def give_back(self) -> None:
         """Put back the numbers that were there before."""
@@ -66,44 +76,30 @@ class LoraScales:
             if tensor is not None and layer.scaling.get(adapter) is tensor:  # type: ignore[operator, union-attr]
                 same = bool(tensor == number)
                 layer.scaling[adapter] = number if same else float(tensor)  # type: ignore[index, operator]
-        self._tensors, self._numbers = {}, {}
+        self._tensors, self._numbers, self._scaled, self._own = {}, {}, [], []
 
     def _keep(self, runs_on: torch.device) -> None:
         kept: dict[tuple[nn.Module, str], torch.Tensor] = {}
-        self._fixed = set()
+        scaled = []
         for name, layer, adapter, scale in self._scales():
             device = device_of(layer, runs_on)
             key = (layer, adapter)
             tensor = scale
-            if self._is_partial and not name.startswith(_SCALED):
-                self._fixed.add(key)
             if not isinstance(scale, torch.Tensor):
-                factor = 1.0 if key in self._fixed else self._factor
                 number = float(scale)
                 tensor = self._tensors.get(key)
                 if tensor is None or tensor.device != device:
                     with torch.inference_mode(False):
                         tensor = torch.tensor(number, device=device)
-                tensor.fill_(number * factor)
+                tensor.fill_(number)
                 self._numbers[key] = number
                 layer.scaling[adapter] = tensor  # type: ignore[index, operator]
-                self._unscaled = [(each, was) for each, was in self._unscaled if each is not tensor]
-                if factor != 1.0:
-                    self._unscaled.append((tensor, torch.full_like(tensor, number)))
             kept[key] = tensor
+            if not self._is_partial or name.startswith(_SCALED):
+                scaled.append(tensor)
         self._tensors = kept
         self._numbers = {key: number for key, number in self._numbers.items() if key in kept}
-
-    def _apply(self, factor: Any) -> None:
-        for tensor, was in self._unscaled:
-            tensor.copy_(was)
-        self._unscaled = []
-        self._factor = factor
-        if factor != 1.0:
-            scaled = [tensor for key, tensor in self._tensors.items() if key not in self._fixed]
-            self._unscaled = [(tensor, tensor.clone()) for tensor in scaled]
-            for tensor in scaled:
-                tensor.mul_(factor)
+        self._scaled, self._own = scaled, [tensor.clone() for tensor in scaled]
 
     def _scales(self) -> Iterator[tuple[str, nn.Module, str, Any]]:
         """Yield each LoRA layer, after its name, with each of its adapters and that one's scale."""
@@ -114,6 +110,28 @@ class LoraScales:
             if isinstance(scaling, dict) and hasattr(module, "lora_A"):
                 for adapter, scale in scaling.items():
                     yield name, module, adapter, scale
+
+
+@contextmanager
+def own_scales(gated: Gated) -> Iterator[None]:
+    """Context manager: LoRA layers have their own scales, and keep them, whatever a call's scale is traced or run.
+
+    Enter it where no generation of the pipeline runs.
+    """
+    gated.take_back()
+    modules = [module for each in gated.all for module in each.network.module.modules()]
+    scalings = [module.scaling for module in modules if hasattr(module, "lora_A")]
+    kept: list[tuple[dict[str, Any], str, Any, Any]] = [
+        (scaling, adapter, scale, scale.clone() if isinstance(scale, torch.Tensor) else None)
+        for scaling in scalings
+        if isinstance(scaling, dict)
+        for adapter, scale in scaling.items()
+    ]
+    try:
+        yield
+    finally:
+        for scaling, adapter, scale, value in kept:
+            scaling[adapter] = scale if value is None else scale.copy_(value)
 
 
 def device_of(layer: nn.Module, runs_on: torch.device) -> torch.device:

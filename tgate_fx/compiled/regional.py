@@ -127,7 +127,7 @@ class RegionalPhases(CompiledPhases):
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
         shapes = None if self._settings.dynamic else tuple([(value.shape, value.dtype) for value in tensors])
         alike = all(sites.sites[index].is_outermost for index in region.indices)
-        key = (type(region.block), roles, shapes, alike)
+        key = (type(region.block), roles, shapes, None if alike else id(region.block))
 
         def new_variant() -> Variant:
             name = f"{step.phase} {type(region.block).__name__}"

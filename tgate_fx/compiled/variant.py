@@ -23,7 +23,7 @@ from ..split import Cache, PhaseResult
 from . import private
 from .backend import PrunedBackend
 from .frozen_weights import FrozenWeights, can_be_read
-from .guard_policy import check_no_global_hooks
+from .guard_policy import check_no_global_hooks, runs_only_known_code
 from .image_scales import ImageScales
 from .lora_scales import LoraScales
 from .settings import CompileSettings
@@ -119,6 +119,7 @@ class CompiledPhases(Phases):
         self._device = torch.device("cpu")
         self._compiled: set[Roles] = set()
         self._compiled_before: set[Roles] = set()
+        self._changes = True  # whether the modules may change between the steps of this generation
 
     def describe(self) -> str:
         """Return the torch.compile settings in force."""
@@ -150,7 +151,8 @@ class CompiledPhases(Phases):
         check_no_global_hooks()
         is_dense = all(can_be_read(weight) for weight in self._denoiser.parameters())
         self._settings = self._given if is_dense else self._given.for_quantized_weights()
-        self._lora_scales.begin(calls_back=calls_back)
+        self._changes = calls_back or not runs_only_known_code(pipe, pipeline_class, self._denoiser)
+        self._lora_scales.begin(may_change=self._changes)
         self._image_scales.begin()
         self._compiled_before = set(self._compiled)
         self.recompiles = 0
@@ -158,20 +160,17 @@ class CompiledPhases(Phases):
     def __call__(self, step: Step, cache: Cache, inputs: dict[str, Any]) -> PhaseResult:
         """Run one step, with every scale as an input of its graph; see `Phases`."""
         device = latents_of(inputs)[1].device
-        inputs = self._lora_scales.settle(inputs, device)
         try:
+            inputs = self._lora_scales.put(inputs, device)
             self._image_scales.put(device)
             return self._run(step, cache, inputs)
         finally:
             self._image_scales.give_back()
+            self._lora_scales.take_out()
 
     @abc.abstractmethod
     def _run(self, step: Step, cache: Cache, inputs: dict[str, Any]) -> PhaseResult:
         """Run one step."""
-
-    def end(self) -> None:
-        """End a generation; see `Phases`."""
-        self._lora_scales.end()
 
     def detach(self) -> None:
         """Give LoRA layers their own scales back; see `Phases`."""
@@ -184,17 +183,20 @@ class CompiledPhases(Phases):
         variant = self._variants.get(key) or new_variant()
         before = variant.graphs
         try:
-            result = variant(*args)
-        except private.recompile_limit_errors():  # modules changed more often than one function may follow
-            variant, before = new_variant(), 0
-            result = variant(*args)
+            try:
+                result = variant(*args)
+            except private.recompile_limit_errors():  # modules changed more often than one function may follow
+                variant, before = new_variant(), 0
+                result = variant(*args)
+        finally:  # what an interruption in its first run leaves is a graph all the same
+            compiled = variant.graphs - before
+            if compiled > 0:
+                self._variants[key] = variant
+                self.graphs += compiled
+                if step.roles in self._compiled_before:
+                    self.recompiles += compiled
+                self._compiled.add(step.roles)
         self._variants[key] = variant
-        compiled = variant.graphs - before
-        if compiled > 0:
-            self.graphs += compiled
-            if step.roles in self._compiled_before:
-                self.recompiles += compiled
-            self._compiled.add(step.roles)
         return variant, result
 
 

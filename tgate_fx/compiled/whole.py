@@ -13,7 +13,6 @@ from ..network import Network
 from ..schedule import Step
 from ..split import Cache, PhaseResult
 from .frozen_weights import FrozenWeights
-from .guard_policy import runs_only_known_code
 from .settings import CompileSettings
 from .untraceable import check_stays, check_traceable
 from .variant import CompiledPhases, Variant
@@ -41,7 +40,6 @@ class WholePhases(CompiledPhases):
             )
         self._network = network
         self._checked: dict[Variant, object] = {}  # the signature of the inputs its guards were last checked with
-        self._checks_once = False
         self._weights = FrozenWeights(network.module)
         self._uses_cuda_graphs = False
 
@@ -50,7 +48,6 @@ class WholePhases(CompiledPhases):
         super().begin(pipe, pipeline_class, calls_back=calls_back)
         check_traceable(f"pipe.{self._network.attribute}", self._network.module, self._network.dispatch)
         private.settle_cache_hooks(self._network.module)
-        self._checks_once = not calls_back and runs_only_known_code(pipe, pipeline_class, self._network.module)
         self._checked = {}
         self._weights.begin()
 
@@ -96,7 +93,7 @@ class WholePhases(CompiledPhases):
             return variant
 
         variant, result = self._call_variant(key, step, new_variant, (cache, (), inputs))
-        if self._checks_once:
+        if not self._changes:
             self._checked[variant] = signature
         phase_result: PhaseResult = result
         return phase_result
