@@ -62,6 +62,7 @@ INHERITED = frozenset(
         "_follows",
         "_forecast",
         "_variants",
+        "_changes",
         "_device",
         "_call_variant",
     )

@@ -484,8 +484,16 @@ def test_without_torchs_name_a_wrapper_says_by_pythons_what_it_wraps() -> None:
     def own() -> None: ...
 
     assert private.wrapped(SimpleNamespace(_torchdynamo_orig_callable=own)) is own
+    assert private.wrapped(SimpleNamespace(__wrapped__=own)) is own
     assert private.wrapped(torch.no_grad()(own)) is own
     assert private.wrapped(own) is None
+
+
+def test_without_the_name_a_model_with_a_lora_takes_a_scale_all_the_same() -> None:
+    module = nn.Linear(1, 1)
+    assert not private.takes_loras(module)
+    for name in ("peft_config", "_hf_peft_config_loaded"):
+        assert private.takes_loras(SimpleNamespace(**{name: True}))  # type: ignore[arg-type]
 
 
 def names_of(door: types.ModuleType) -> set[str]:

@@ -84,6 +84,13 @@ def has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, name, True) for name in ("_forward_hooks", "_forward_pre_hooks"))
 
 
+def takes_loras(denoiser: nn.Module) -> bool:
+    """Return whether a model takes LoRAs of diffusers', and with them a call's scale. Without the name: it does not,
+    and each such scale takes graphs of its own where no LoRA is loaded.
+    """
+    return hasattr(denoiser, "_hf_peft_config_loaded") or hasattr(denoiser, "peft_config")
+
+
 def wrapped(function: Any) -> Any:
     """Return what a function says that it wraps, None if nothing. Without torch's name for its own wrappers: what they
     say by Python's.

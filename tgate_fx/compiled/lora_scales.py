@@ -14,9 +14,6 @@ from ..gated import Gated
 
 _SCALE = "scale"  # within cross_attention_kwargs, or attention_kwargs
 
-# The attribute of diffusers' models that take LoRAs, and so that scale, from the start.
-_TAKES_LORAS = "_hf_peft_config_loaded"
-
 # What the scale of a call is for in a UNet of an older diffusers, which runs its first layers before it looks at that.
 _SCALED = ("down_blocks.", "mid_block.", "up_blocks.", "conv_out")
 
@@ -54,7 +51,7 @@ class LoraScales:
         if self._is_due or self._may_change:
             self._is_due = False
             self._keep(device)
-        if not hasattr(self._denoiser, _TAKES_LORAS):
+        if not private.takes_loras(self._denoiser):
             return inputs
         self._factor, inputs = _without_scale(inputs)
         if self._factor != 1.0:
