@@ -175,6 +175,8 @@ def test_loops_change_nothing_on_a_denoiser(entry: zoo.Entry) -> None:
     for first, *others in states.values():
         assert others
         assert all(other == first for other in others)
+    if "tokenizer" in pipe.components:
+        pipe.tokenizer = None  # Kolors' is of the tests, and so is unknown code
     assert runs_only_known_code(pipe, type(pipe), networks[0])
 
 
