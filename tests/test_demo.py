@@ -8,6 +8,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -100,6 +101,13 @@ def test_the_weights_are_those_that_the_training_script_describes(pipe: Any) -> 
             name: value.shape for name, value in theirs.state_dict().items()
         }
     assert pipe.tokenizer.get_vocab() == models.vocabulary()[0]
+    for name in ("DDIMScheduler", "EulerDiscreteScheduler", "DDPMScheduler"):
+        scheduler = getattr(diffusers, name)
+        made, trained = (scheduler.from_config(each.config).config for each in (pipe.scheduler, models.scheduler()))
+        for key in ("beta_schedule", "beta_start", "beta_end", "prediction_type", "steps_offset"):
+            assert made.get(key) == trained.get(key)
+        assert not made.get("clip_sample")  # latents are not within [-1, 1]
+        assert not trained.get("clip_sample")
     sizes = [path.stat().st_size for path in demo.WEIGHTS.rglob("*") if path.is_file()]
     assert sum(sizes) < 25e6
 

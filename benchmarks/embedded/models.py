@@ -111,9 +111,16 @@ def autoencoder() -> AutoencoderKL:
 
 
 def scheduler() -> DPMSolverMultistepScheduler:
-    return DPMSolverMultistepScheduler(
-        beta_schedule="linear", beta_start=1e-4, beta_end=0.02, prediction_type="v_prediction", steps_offset=1
-    )
+    config = {
+        "beta_schedule": "linear",
+        "beta_start": 1e-4,
+        "beta_end": 0.02,
+        "prediction_type": "v_prediction",
+        "steps_offset": 1,
+        "clip_sample": False,  # for DDIM and DDPM made from it, which by default clip pictures, not latents
+    }
+    made: DPMSolverMultistepScheduler = DPMSolverMultistepScheduler.from_config(config)
+    return made
 
 
 class Classifier(nn.Module):
