@@ -463,6 +463,19 @@ def test_without_their_names_caches_are_kept_whole_and_taken_to_be_on(take: Take
         assert isinstance(aot.caches_of_their_own(), nullcontext)
 
 
+def test_without_their_names_tensors_are_written_one_by_one(take: Take) -> None:
+    for gone in (False, True):
+        if gone:
+            take("torch._foreach_mul_")
+            take("torch._foreach_copy_")
+        tensors = [torch.tensor(value) for value in (0.5, 2.0)]
+        own = [tensor.clone() for tensor in tensors]
+        compiling.multiply_each(tensors, 0.5)
+        assert [float(tensor) for tensor in tensors] == [0.25, 1.0]
+        compiling.copy_each(tensors, own)
+        assert [float(tensor) for tensor in tensors] == [0.5, 2.0]
+
+
 def test_without_a_count_of_uses_packed_weights_are_right_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     def gone(tensor: torch.Tensor) -> None:
         raise AttributeError("_use_count")

@@ -11,6 +11,7 @@ from torch import nn
 
 from .. import private
 from ..gated import Gated
+from .private import copy_each, multiply_each
 
 _SCALE = "scale"  # within cross_attention_kwargs, or attention_kwargs
 
@@ -54,17 +55,15 @@ class LoraScales:
         if not private.takes_loras(self._denoiser):
             return inputs
         self._factor, inputs = _without_scale(inputs)
-        if self._factor != 1.0:
-            for tensor in self._scaled:
-                tensor.mul_(self._factor)
+        if self._factor != 1.0 and self._scaled:
+            multiply_each(self._scaled, self._factor)
         return inputs
 
     def take_out(self) -> None:
         """End the step: every layer has its own scale again."""
-        if self._factor != 1.0:
-            self._factor = 1.0
-            for tensor, own in zip(self._scaled, self._own, strict=True):
-                tensor.copy_(own)
+        if self._factor != 1.0 and self._scaled:
+            copy_each(self._scaled, self._own)
+        self._factor = 1.0
 
     def give_back(self) -> None:
         """Put back the numbers that were there before."""

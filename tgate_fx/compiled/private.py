@@ -277,6 +277,26 @@ def packed(tensor: torch.Tensor) -> Packed | None:
     return Packed(data, bytes(described(tensor).tolist()))
 
 
+def multiply_each(tensors: list[torch.Tensor], factor: Any) -> None:
+    """Multiply tensors in place, all at once. Without the name: one by one."""
+    together = find("torch._foreach_mul_")
+    if together is not None:
+        together(tensors, factor)
+        return
+    for tensor in tensors:
+        tensor.mul_(factor)
+
+
+def copy_each(tensors: list[torch.Tensor], values: list[torch.Tensor]) -> None:
+    """Write values into tensors, all at once. Without the name: one by one."""
+    together = find("torch._foreach_copy_")
+    if together is not None:
+        together(tensors, values)
+        return
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.copy_(value)
+
+
 # For benchmarks
 
 
