@@ -16,7 +16,7 @@ ROOT = Path(tgate_fx.__file__).parent
 
 # Every module imports only from lines above its own, or from its own line's left. A folder stands for what is in it.
 LAYERS = """
-errors
+errors class_names
 private keywords roles rows
 inputs forward_patch deepcache auto_gate checked schedule cache guidance pipeline_guidance forecast held_difference
 one_batch separate_calls families

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import tgate_fx
-from tests.conftest import run
+from tests.conftest import check_refused, run
 from tgate_fx.bench import machine, plots, prepare, tables
 from tgate_fx.bench.contenders import CONTENDERS, LADDER, applicable, reference_of
 from tgate_fx.bench.models import MODELS
@@ -406,10 +406,7 @@ def test_the_short_plot_compares_variants_at_one_gate() -> None:
 def test_bad_input_is_one_line_and_exit_code_2(
     options: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(monkeypatch, "bench", *options) == 2
-    said = capsys.readouterr().err
-    assert message in said
-    assert said.count("\n") == 1
+    check_refused(monkeypatch, capsys, message, "bench", *options)
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from benchmarks.embedded.drawing import draw
 from benchmarks.embedded.judge import frechet_distance, load_classifier, read, right_answers
 from benchmarks.embedded.quality_points import RULES, Point, points
 from benchmarks.embedded.quality_tables import page
-from tests.conftest import run
+from tests.conftest import check_refused, run
 from tgate_fx import demo
 from tgate_fx.demo.compare import unknown_words
 from tgate_fx.demo.scenes import Scene, Thing, random_scene, scenes
@@ -203,8 +203,5 @@ def test_bad_input_is_one_line_and_exit_code_2(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run(monkeypatch, "demo", *options) == 2
-    said = capsys.readouterr()
-    assert message in said.err
-    assert said.err.count("\n") == 1
+    check_refused(monkeypatch, capsys, message, "demo", *options)
     assert not list(tmp_path.iterdir())

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from .class_names import class_names
 from .errors import StateError
 from .forward_patch import ForwardPatch
 from .sites import Sites
@@ -65,8 +66,7 @@ def _calling_pipeline() -> Any:
     while frame is not None:
         if frame.f_code.co_name == "__call__":
             caller = frame.f_locals.get("self")
-            # By name: diffusers takes seconds to import.
-            if any(base.__name__ == "DiffusionPipeline" for base in type(caller).__mro__):
+            if "DiffusionPipeline" in class_names(type(caller)):
                 return caller
         frame = frame.f_back
     return None

@@ -98,8 +98,8 @@ class Gated:
                 "unchanged. Undo first what was installed on the pipeline last."
             )
         with self.one_at_a_time():
+            self.take_back()
             for each in self.all:
-                each.phases.detach()
                 each.network.detach(self)
             pipe.__class__ = self._plain_class
             for name in self._attributes:

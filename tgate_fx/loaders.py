@@ -16,6 +16,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from .class_names import class_names
 from .deepcache import DeepCache
 from .errors import ArgumentError, UnsupportedError
 from .gated import Gated
@@ -120,7 +121,7 @@ def _load(
     deepcache: DeepCache | None = None,
 ) -> Any:
     check_known(defaults, ("gate_step", "num_inference_steps"))
-    if not any(base.__name__ in classes for base in type(pipe).__mro__):
+    if not class_names(type(pipe)) & set(classes):
         raise UnsupportedError(
             f"This loader was given a {type(pipe).__name__}: expected a {' or a '.join(classes)}. "
             "tgate_fx.gate(pipe, ...) takes every supported pipeline."

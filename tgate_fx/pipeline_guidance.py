@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import private
+from .class_names import class_names
 from .errors import UnsupportedError
 from .schedule import Schedule
 
@@ -115,23 +116,19 @@ class GuidanceIsOn:
     def __init__(self, pipe: Any, guidance_scale: Any) -> None:
         self._pipe = pipe
         self._given = guidance_scale
-        self._is_fixed = not _DECIDE_ONCE.isdisjoint(base.__name__ for base in type(pipe).__mro__)
-        self._fixed: bool | None = None
+        self._is_fixed = bool(class_names(type(pipe)) & _DECIDE_ONCE)
         self._scale: torch.Tensor | None = None
         self._version: int | None = None
-        self._is_on = False
+        self._is_on: bool | None = None  # once it is known
 
     def __call__(self) -> bool:
         """Return it."""
-        if self._is_fixed:
-            if self._fixed is None:
-                self._fixed = _guidance_is_on(self._pipe, self._given)
-            return self._fixed
+        if self._is_fixed and self._is_on is not None:
+            return self._is_on
         scale = getattr(self._pipe, "guidance_scale", None)
         version = private.version_of(scale) if isinstance(scale, torch.Tensor) else None
-        if version is None:  # a number, or a tensor of which writes are not counted
-            return _guidance_is_on(self._pipe, self._given)
-        if scale is not self._scale or version != self._version:
+        # A number, or a tensor of which writes are not counted, has no version, and is read each time.
+        if self._is_on is None or version is None or scale is not self._scale or version != self._version:
             self._scale, self._version = scale, version
             self._is_on = _guidance_is_on(self._pipe, self._given)
         return self._is_on
@@ -144,7 +141,7 @@ def _guidance_is_on(pipe: Any, guidance_scale: Any) -> bool:
     others decide once. The scale guides if it is > 1 (Imagen's convention, arXiv:2205.11487), but for the
     pipelines named above.
     """
-    names = {base.__name__ for base in type(pipe).__mro__}
+    names = class_names(type(pipe))
     if names & _NEVER_GUIDE:
         return False
     if names & _ALWAYS_GUIDE:
@@ -165,8 +162,7 @@ def unconditional_is_empty(pipe: Any, bound: Callable[[str], Any]) -> bool:
         pipe: the pipeline.
         bound: returns what the call binds to a parameter of this name; None if there is none.
     """
-    names = {base.__name__ for base in type(pipe).__mro__}
-    return bound("gligen_boxes") is not None or bool(names & _EMBED_AN_IMAGE)
+    return bound("gligen_boxes") is not None or bool(class_names(type(pipe)) & _EMBED_AN_IMAGE)
 
 
 def check_known_guidance(pipe: Any, parameters: Mapping[str, Any], schedule: Schedule) -> None:

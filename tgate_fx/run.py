@@ -157,16 +157,16 @@ class Run:
         holds = self._held is not None and step.keep[Kind.CROSS_ATTENTION]
         if not holds and not step.is_base and self.steps.watch is None:
             return
-        if call == 0 and not self._guidance.has_other_branch(True):
+        if not self._guidance.has_other_branch(True):  # the first of two calls
             self._first_output = map_tensors(torch.clone, output)  # the loop may write to its own
-        if self._guidance.has_other_branch(True):
-            conditional, unconditional = self._guidance.pair(output, self._first_output)
-            if self._held is not None and holds:
-                self._held.capture(conditional, unconditional, timestep, self.steps.index)
-            if step.is_base:
-                own = unconditional if self.schedule.branch == "negative" else conditional
-                self._forecast.add(self.steps.index, own)
-            self.compare(conditional, unconditional)
+            return
+        conditional, unconditional = self._guidance.pair(output, self._first_output)
+        if self._held is not None and holds:
+            self._held.capture(conditional, unconditional, timestep, self.steps.index)
+        if step.is_base:
+            own = unconditional if self.schedule.branch == "negative" else conditional
+            self._forecast.add(self.steps.index, own)
+        self.compare(conditional, unconditional)
 
     def compare(self, conditional: Any, unconditional: Any) -> None:
         """Let the gate see how much alike the branches' outputs are, if it opens by that."""

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 
 from . import private
+from .class_names import class_names
 from .inputs import floats_of
 
-# Pipelines that record the steps of all their loops together.
-_RECORD_ALL_LOOPS = frozenset(("LTX2DFRTemporalRefinePipeline",))
+# Pipelines that record other steps than a loop runs: those of all their loops, or those that were asked for, which are
+# others where timesteps are given.
+_RECORD_OTHERS = frozenset(("LTX2DFRTemporalRefinePipeline", "AceStepPipeline"))
 
 # Pipelines that record their steps, if they do, before ``denoising_end`` cuts them.
 _XL = "StableDiffusionXL"
@@ -28,9 +30,6 @@ _CUT_LATER = frozenset(
         "InstructPix2Pix",
     )
 )
-
-# Pipelines that record how many steps they were asked for, which are others where timesteps are given.
-_RECORD_WHAT_IS_ASKED = frozenset(("AceStepPipeline",))
 
 # Pipelines that begin within their timesteps by ``strength``, and whose denoiser is given none to see it by.
 _CUT_BY_STRENGTH = frozenset(("AmusedImg2ImgPipeline", "AmusedInpaintPipeline"))
@@ -51,10 +50,10 @@ def step_count(pipe: Any, timestep: Any = None, *, end: Any = None, strength: An
         end: the call's ``denoising_end``.
         strength: the call's ``strength``.
     """
-    names = {base.__name__ for base in type(pipe).__mro__}
+    names = class_names(type(pipe))
     timesteps = getattr(getattr(pipe, "scheduler", None), "timesteps", None)
     recorded = vars(pipe).get(private.STEP_COUNT, getattr(pipe, "num_timesteps", None))
-    if recorded is not None and not names & (_RECORD_ALL_LOOPS | _RECORD_WHAT_IS_ASKED):
+    if recorded is not None and not names & _RECORD_OTHERS:
         count = int(recorded) - bool(names & _LEAVE_LAST_OUT)
     elif timesteps is None:
         return None

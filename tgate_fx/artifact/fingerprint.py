@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..class_names import class_names
 from ..compiled.checksum import checksum
+from ..compiled.frozen_weights import can_be_read
 from ..dispatch import DISPATCH
 from ..forward_patch import ForwardPatch
 from ..private import MODULE_STATE
@@ -24,8 +26,8 @@ from ..private import MODULE_STATE
 # What says where a module came from, or is described apart: its children, its weights, and tgate_fx's own. And the
 # other model that accelerate's hook for offloading names, which moves between devices.
 _LEFT_OUT = MODULE_STATE | {DISPATCH, "prev_module_hook"}
-# What changes in every generation, by its name, since diffusers takes seconds to import.
-_CHANGING = ("DiffusionPipeline", "SchedulerMixin")
+# What changes in every generation.
+_CHANGING = frozenset(("DiffusionPipeline", "SchedulerMixin"))
 _PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
 
 
@@ -40,10 +42,10 @@ def structure(denoiser: nn.Module) -> dict[str, str]:
     return {name: _digest(describe.module(module)) for name, module in denoiser.named_modules()}
 
 
-def weights(denoiser: nn.Module) -> dict[str, str]:
-    """Return, for every parameter and buffer of a denoiser, a checksum of its bits."""
-    tensors = [*denoiser.named_parameters(), *denoiser.named_buffers()]
-    return {name: format(checksum(tensor.detach()), "x") for name, tensor in tensors}
+def weights(model: nn.Module) -> dict[str, str]:
+    """Return, for every parameter and buffer of a model that can be read, a checksum of its bits."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return {name: format(checksum(tensor.detach()), "x") for name, tensor in tensors if can_be_read(tensor)}
 
 
 def digest(value: Any) -> str:
@@ -138,7 +140,7 @@ class _Description:
             return [self.value(item, within) for item in value]
         if isinstance(value, functools.partial):
             return [self.value(item, within) for item in (value.func, value.args, value.keywords)]
-        if any(base.__name__ in _CHANGING for base in type(value).__mro__):
+        if class_names(type(value)) & _CHANGING:
             return _name(type(value))
         return (_name(type(value)), self.value(getattr(value, "__dict__", {}), within))
 

@@ -77,7 +77,7 @@ class LoraScales:
     def _keep(self, runs_on: torch.device) -> None:
         kept: dict[tuple[nn.Module, str], torch.Tensor] = {}
         scaled = []
-        for name, layer, adapter, scale in self._scales():
+        for name, layer, adapter, scale in _scales(self._denoiser):
             device = device_of(layer, runs_on)
             key = (layer, adapter)
             tensor = scale
@@ -97,15 +97,16 @@ class LoraScales:
         self._numbers = {key: number for key, number in self._numbers.items() if key in kept}
         self._scaled, self._own = scaled, [tensor.clone() for tensor in scaled]
 
-    def _scales(self) -> Iterator[tuple[str, nn.Module, str, Any]]:
-        """Yield each LoRA layer, after its name, with each of its adapters and that one's scale."""
-        if not hasattr(self._denoiser, "peft_config"):  # which peft gives to every model that has some
-            return
-        for name, module in self._denoiser.named_modules():
-            scaling = vars(module).get("scaling")
-            if isinstance(scaling, dict) and hasattr(module, "lora_A"):
-                for adapter, scale in scaling.items():
-                    yield name, module, adapter, scale
+
+def _scales(denoiser: nn.Module) -> Iterator[tuple[str, nn.Module, str, Any]]:
+    """Yield each LoRA layer, after its name, with each of its adapters and that one's scale."""
+    if not hasattr(denoiser, "peft_config"):  # which peft gives to every model that has some
+        return
+    for name, module in denoiser.named_modules():
+        scaling = vars(module).get("scaling")
+        if isinstance(scaling, dict) and hasattr(module, "lora_A"):
+            for adapter, scale in scaling.items():
+                yield name, module, adapter, scale
 
 
 @contextmanager
@@ -115,19 +116,16 @@ def own_scales(gated: Gated) -> Iterator[None]:
     Enter it where no generation of the pipeline runs.
     """
     gated.take_back()
-    modules = [module for each in gated.all for module in each.network.module.modules()]
-    scalings = [module.scaling for module in modules if hasattr(module, "lora_A")]
-    kept: list[tuple[dict[str, Any], str, Any, Any]] = [
-        (scaling, adapter, scale, scale.clone() if isinstance(scale, torch.Tensor) else None)
-        for scaling in scalings
-        if isinstance(scaling, dict)
-        for adapter, scale in scaling.items()
+    kept = [
+        (layer, adapter, scale, scale.clone() if isinstance(scale, torch.Tensor) else None)
+        for each in gated.all
+        for _, layer, adapter, scale in _scales(each.network.module)
     ]
     try:
         yield
     finally:
-        for scaling, adapter, scale, value in kept:
-            scaling[adapter] = scale if value is None else scale.copy_(value)
+        for layer, adapter, scale, value in kept:
+            layer.scaling[adapter] = scale if value is None else scale.copy_(value)  # type: ignore[index, operator]
 
 
 def device_of(layer: nn.Module, runs_on: torch.device) -> torch.device:

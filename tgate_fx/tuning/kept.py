@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -13,9 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..artifact.fingerprint import digest, structure
-from ..compiled.checksum import checksum
-from ..compiled.frozen_weights import can_be_read
+from ..artifact.fingerprint import digest, structure, weights
 from ..errors import ArgumentError
 from ..gated import Gated
 from .likeness import Likeness
@@ -31,13 +28,7 @@ def described_pipeline(pipe: Any, gated: Gated) -> dict[str, str]:
     """
     gated.take_back()
     scheduler = getattr(pipe, "scheduler", None)
-    modules = {name: each for name, each in sorted(pipe.components.items()) if isinstance(each, nn.Module)}
-    weights = {
-        f"{name}.{inner}": checksum(tensor.detach())
-        for name, module in modules.items()
-        for inner, tensor in (*module.named_parameters(), *module.named_buffers())
-        if can_be_read(tensor)
-    }
+    models = {name: each for name, each in pipe.components.items() if isinstance(each, nn.Module)}
     gpus = [torch.cuda.get_device_name(device) for device in gated.devices if device.type == "cuda"]
     return {
         "class": type(pipe).__name__,
@@ -46,7 +37,7 @@ def described_pipeline(pipe: Any, gated: Gated) -> dict[str, str]:
         "deep branches": repr([each.network.branch for each in gated.networks]),
         "how": gated.networks[0].phases.describe(),
         "devices": str(gated.devices),
-        "weights": hashlib.sha256(repr(weights).encode()).hexdigest(),
+        "weights": digest({name: weights(each) for name, each in models.items()}),
         "modules": digest([structure(each.network.module) for each in gated.all]),
         "machine": repr((torch.get_num_threads(), torch.backends.cpu.get_cpu_capability(), gpus)),
         "versions": repr([importlib.metadata.version(package) for package in _PACKAGES]),
@@ -76,9 +67,10 @@ class Kept:
         self.begun = False
         self._rows: dict[str, dict[int, dict[str, Any]]] = {}
         self._refused: dict[str, str] = {}
-        self._file = None if folder is None else folder / "measured.jsonl"
-        if folder is None or self._file is None:
+        self._file: Path | None = None
+        if folder is None:
             return
+        self._file = folder / "measured.jsonl"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             before = _before(folder / "what.json", what)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-# Keywords that change nothing. The default settings have them all, so that the pipeline's own rules do not count.
+from ..gated_class import KEYWORDS
+from ..schedule import Schedule
+
+# Keywords that change nothing. The default settings have them all, so that the pipeline's own rules do not count; what
+# is cached, each of them names itself.
 NEUTRAL: Mapping[str, Any] = {
-    "after_gate": None,
-    "forecast": 1,
-    "full_steps": (),
-    "guidance": None,
-    "sp_interval": 1,
-    "fi_interval": 1,
-    "warm_up": 0,
+    field.name: field.default
+    for field in fields(Schedule)
+    if field.name in KEYWORDS and field.name not in ("gate_step", "cache_weight")
 }
 
 
@@ -87,6 +87,6 @@ class Tuning:
 
 
 def words(setting: Mapping[str, Any]) -> str:
-    """Return keywords of a call as one writes them, without those that change nothing."""
+    """Return keywords of a call as one writes them, without those that change nothing, if there are others."""
     said = {key: value for key, value in setting.items() if key not in NEUTRAL or value != NEUTRAL[key]}
-    return ", ".join(f"{key}={value}" for key, value in said.items())
+    return ", ".join(f"{key}={value}" for key, value in (said or setting).items())
