@@ -40,7 +40,7 @@ _OPTIONS = {
 
 # Modules and classes, and the names in them without which nothing is saved or loaded.
 _NEEDED = {
-    "torch._inductor": ("aot_compile", "aoti_load_package"),
+    "torch._inductor": ("aot_compile",),
     "torch._inductor.config.aot_inductor": tuple(name.partition(".")[2] for name in _OPTIONS),
     "torch._inductor.codecache": ("TensorProperties",),
     "torch._inductor.package": ("package_aoti",),
@@ -135,12 +135,15 @@ def _constants_as_tensors() -> Iterator[None]:
 class LoadedPackage:
     """A package that was loaded; ``run`` takes and returns a list of tensors.
 
-    Calling what ``torch._inductor.aoti_load_package`` returns would read both structures as text again, at every step.
+    ``torch._inductor.aoti_load_package`` would first compile programs to see which instructions there are, for a
+    warning: 9 s where torch's caches are empty, and not without a C++ compiler. Calling what it returns would read both
+    structures as text again, at every step.
     """
 
     def __init__(self, package: Path) -> None:
-        self._model = torch._inductor.aoti_load_package(str(package))
-        self.run: Callable[[list[torch.Tensor]], list[torch.Tensor]] = self._model.loader.run
+        loader = torch._C._aoti.AOTIModelPackageLoader(str(package), "model", False, 1, -1)
+        self._model = find("torch.export.pt2_archive._package").AOTICompiledModel(loader)
+        self.run: Callable[[list[torch.Tensor]], list[torch.Tensor]] = loader.run
 
     def share_weights(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Read these weights where they are; they must be kept for as long as the package runs."""
