@@ -176,12 +176,13 @@ _WITH = {"LTX2VideoTransformer3DModel": "`stg_scale=0, modality_scale=1`"}
 _HEAD = """\
 # Pipelines
 
-Of the {every} pipelines of diffusers {version} that have a denoiser, {tested} are gated and tested against an oracle
-that is not of this package. The others are refused, mostly for joint attention.
+Of the {every} pipelines of diffusers {version} that denoise, {tested} are gated and tested against an oracle that is
+not of this package. The others are refused, mostly for joint attention.
 
 *With*: what has to be given besides. *Calls*: how often a guided step calls the denoiser. *Most*: what a gate at 40% of
-the steps can gain at most, in multiply-adds, with a well-known model of that denoiser class (`tgate-fx macs --limits`);
-none is given where all branches of guidance go on, with `after_gate="both"`.
+the steps can gain at most, in multiply-adds, with a well-known model of that denoiser class (`tgate-fx macs --limits`).
+It is left out where all branches of guidance go on, with `after_gate="both"`, and where no such model was counted with
+the pipeline's kind of guidance. Without guidance (SDXL under LCM) a gate saves cross-attention alone.
 
 `python -m benchmarks.pipelines docs/pipelines.md` writes this page.
 

@@ -49,6 +49,7 @@ def test_the_branch_matters_where_conditioning_is_not_by_cross_attention_alone()
     assert not torch.equal(results["negative"], results["both"])
 
 
+@pytest.mark.filterwarnings("ignore:Nothing was gated:UserWarning")
 @pytest.mark.parametrize("family", ["sd", "sdxl", "pixart-alpha", "lcm-img2img", "sd-inpaint"])
 def test_never_gated_equals_the_untouched_pipeline(family: str) -> None:
     kwargs = {**tiny.inputs(family, 2), "num_inference_steps": STEPS}

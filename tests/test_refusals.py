@@ -101,7 +101,8 @@ class NoDenoiser(diffusers.DiffusionPipeline):
 def test_without_a_denoiser(make: Any) -> None:
     thing = make()
     with pytest.raises(
-        tgate_fx.UnsupportedError, match=says(type(thing).__name__, "no denoiser", "unet or a transformer")
+        tgate_fx.UnsupportedError,
+        match=says(type(thing).__name__, "neither a unet nor a transformer", "Use the pipeline as it is"),
     ):
         tgate_fx.gate(thing)
 

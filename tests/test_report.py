@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import tgate_fx
 from benchmarks import overhead
 from tests import tiny
+from tests.test_refusals import says
 from tgate_fx.gated import Gated
 
 
@@ -39,9 +40,36 @@ def test_step_by_step() -> None:
     assert all(0 < step.seconds < 5 for step in report.steps)
     assert report.gate == 3
     assert report.compiler == "eager"
-    tiny.latents(pipe, **tiny.inputs("sd", 2), num_inference_steps=2)
-    assert len(tgate_fx.report(pipe).steps) == 2
+
+
+@pytest.mark.parametrize("steps", [2, 3])
+def test_a_gate_that_is_never_reached_is_a_warning(steps: int) -> None:
+    pipe = tgate_fx.gate(tiny.sd(), gate_step=3)
+    inputs = tiny.inputs("sd", 2)
+    message = says("Nothing was gated", "gate_step=3", f"{steps} steps", "a share of the steps")
+    with pytest.warns(UserWarning, match=message) as said:
+        tiny.latents(pipe, **inputs, num_inference_steps=steps)
+    assert said[0].filename == tiny.__file__  # where the pipeline was called
+    assert len(tgate_fx.report(pipe).steps) == steps
     assert tgate_fx.report(pipe).gate is None
+
+    def by_hand() -> None:
+        with tgate_fx.generation(pipe, steps, guided=False):
+            for timestep in range(steps):
+                pipe.unet(torch.zeros(1, 4, 8, 8), timestep, torch.zeros(1, 7, tiny.TEXT_WIDTH))
+
+    with pytest.warns(UserWarning, match=message) as said:
+        by_hand()
+    assert said[0].filename == __file__
+
+
+def test_what_is_not_gated_on_purpose_is_no_warning() -> None:
+    pipe = tgate_fx.gate(tiny.sd(), gate_step=3)
+    inputs = {**tiny.inputs("sd", 2), "num_inference_steps": 2}
+    tiny.latents(pipe, **inputs, gate_step=None)
+    tiny.latents(pipe, **inputs, gate_step=tgate_fx.AutoGate(1.0, latest=9))
+    with tgate_fx.disabled(pipe):
+        tiny.latents(pipe, **inputs)
 
 
 def test_cache_bytes_are_those_of_one_branch_of_the_sites_outputs() -> None:

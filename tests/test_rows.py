@@ -267,6 +267,7 @@ def test_deepcache_needs_blocks_with_layers_of_their_own(branch: int) -> None:
         tgate_fx.gate(pipe, 2, deepcache=tgate_fx.DeepCache(2, branch))
 
 
+@pytest.mark.filterwarnings("ignore:Nothing was gated:UserWarning")
 @pytest.mark.parametrize("scheduler", tiny.slow_but(("DDIM",), ("DDIM", "EulerDiscrete")))
 @pytest.mark.parametrize(
     ("gate", "interval", "branch"), [(4, 3, 0), (5, 2, 1), (1, 3, 0), (7, 5, 3), (3, 3, 4), (9, 3, 0)]

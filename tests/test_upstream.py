@@ -57,6 +57,7 @@ def ours(family: str, scheduler: str, gate: int, **kwargs: Any) -> torch.Tensor:
     return tiny.latents(tgate_fx.gate(pipe, gate_step=gate), **kwargs)
 
 
+@pytest.mark.filterwarnings("ignore:Nothing was gated:UserWarning")
 @pytest.mark.parametrize("gate", [1, 5, STEPS - 1, STEPS])
 @pytest.mark.parametrize("prompts", [1, 2])
 @pytest.mark.parametrize(("family", "scheduler"), [(f, s) for f, names in SCHEDULERS.items() for s in names])
@@ -103,6 +104,7 @@ def test_each_row_keeps_its_own_size_condition() -> None:
     assert torch.equal(ours("sdxl", "DDIM", 3, **kwargs), expected)
 
 
+@pytest.mark.filterwarnings("ignore:Nothing was gated:UserWarning")
 @pytest.mark.parametrize("gate", [1, 2, 3, 4])
 @pytest.mark.parametrize("prompts", [1, 2])
 @pytest.mark.parametrize("scheduler", ["LCM", "EulerDiscrete", "DDIM"])

@@ -84,7 +84,7 @@ def test_it_shows_a_progress_bar(backend: CountingBackend, capsys: pytest.Captur
     pipe.set_progress_bar_config()
     tgate_fx.warmup(pipe, height=16, width=16)
     assert "tgate_fx: compiling: 100%" in capsys.readouterr().err
-    pipe("a cat", height=16, width=16, num_inference_steps=2)
+    pipe("a cat", height=16, width=16, num_inference_steps=4)
     assert "tgate_fx" not in capsys.readouterr().err
 
 

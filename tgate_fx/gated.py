@@ -194,6 +194,7 @@ class Gated:
             if getattr(pipe, "interrupt", False) and not was_interrupted:
                 return
             steps.check_ran_all()
+            steps.warn_if_never_gated()
             # A generation may rightly end before its first step, with too little strength for one.
             if all(run.device is None for run in self.runs) and step_count(pipe) != 0:
                 raise StateError(

@@ -131,7 +131,7 @@ def denoisers_of(pipe: Any) -> dict[str, nn.Module]:
         check_plain(name, denoiser)
     if not denoisers:
         raise UnsupportedError(
-            f"{type(pipe).__name__} has no denoiser: expected a diffusers pipeline with a unet or a transformer to "
+            f"{type(pipe).__name__} has neither a unet nor a transformer: expected a diffusers pipeline with one to "
             "gate. Use the pipeline as it is."
         )
     return denoisers
@@ -156,9 +156,9 @@ def networks_of(pipe: Any, deepcache: DeepCache | None = None) -> list[Network]:
         if family is None:
             find_sites(denoiser)  # which says it if there are none
             raise UnsupportedError(
-                f"{type(pipe).__name__}.{attribute} is a {type(denoiser).__name__}: expected one of "
-                f"{', '.join(FAMILIES)}, the denoisers that are tested. tgate_fx.split(denoiser) works on any model "
-                "with cross-attention."
+                f"{type(pipe).__name__}.{attribute} is a {type(denoiser).__name__}, which is not among the tested "
+                f"denoisers: expected one of {', '.join(FAMILIES)}. tgate_fx.split(denoiser) works on any model with "
+                "cross-attention."
             )
         networks.append(Network(attribute, denoiser, family, deepcache))
     return networks

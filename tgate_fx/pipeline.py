@@ -53,9 +53,10 @@ def gate(
     Args:
         pipe: a diffusers pipeline with a UNet or a diffusion transformer that has cross-attention.
         gate_step: index of the first gated step, ≥ 1, counted in evaluations of the denoiser from 0 (schedulers of
-            order 2, such as Heun, evaluate it twice a step; PNDM once more than it has steps). A float in (0, 1) is
-            that share of the evaluations, rounded, at least 1. None, or as many as there are evaluations: never gated.
-            "auto" or an `AutoGate`: once both guidance branches predict nearly the same.
+            order 2, such as Heun, evaluate it twice a step but for the last one; PNDM that skips its Runge-Kutta steps
+            once more than it has steps). A float in (0, 1) is that share of the evaluations, rounded, at least 1. None:
+            never gated. So it is with as many as there are evaluations or more, of which a generation warns. "auto" or
+            an `AutoGate`: once both guidance branches predict nearly the same.
         sp_interval, fi_interval, warm_up: TGATE-V2's cache of self-attention, as in upstream `tgate`. Before the gate
             self-attention is computed at the steps up to ``warm_up``, at every multiple of ``sp_interval``, and at the
             last step; from the gate on at every multiple of ``fi_interval``. At the steps between, its cached output
@@ -65,12 +66,11 @@ def gate(
         after_gate: which guidance branch goes on after the gate. "negative" or "positive": that branch alone; they
             differ only where the conditioning reaches the denoiser in another way than by cross-attention, as in SDXL.
             "guided": the conditional branch alone, and guidance goes on with the difference of the branches at the last
-            full step, held constant as noise (see `tgate_fx.held_difference`), which for a flow must not be the first
-            of all. "both": the whole batch with a cache for each branch, and guidance goes on. None is
-            upstream's rule where it has one ("positive" for Stable Video Diffusion, "negative" for other Stable
-            Diffusion and PixArt), "positive" for all others, and with ``cache_weight=1.0``. Where the other branch has
-            zeros in place of control (``guess_mode``, GLIGEN's boxes, the image of StableUnCLIP), "positive" goes on in
-            place of "negative".
+            full step, held constant as noise, which for a flow must not be the first of all. "both": the whole batch
+            with a cache for each branch, and guidance goes on. None is upstream's rule where it has one ("positive" for
+            Stable Video Diffusion, "negative" for other Stable Diffusion and PixArt), "positive" for all others, and
+            with ``cache_weight=1.0``. Where the other branch has zeros in place of control (``guess_mode``, GLIGEN's
+            boxes, the image of StableUnCLIP), "positive" goes on in place of "negative".
         cache_weight: what is cached where one branch goes on: ``lerp(unconditional, conditional, cache_weight)`` of the
             branches' outputs, from 0 to 1. 0.5 is T-GATE's mean, 1.0 the conditional branch's own. It changes no graph.
         forecast: from the gate on, the denoiser is computed at every such step, counted from the gate and from each of
@@ -79,8 +79,8 @@ def gate(
             order 2.
         guidance: ``(start, stop)``, the steps with guidance: at the others the conditional branch alone is computed,
             with live cross-attention before the gate and with ``gate_step=None`` (a guidance interval, Kynkäänniemi et
-            al., arXiv:2404.07724). The gate ends it too. It takes one graph more. Not together with the intervals or
-            ``deepcache``.
+            al., arXiv:2404.07724). The gate ends it too. It takes one graph more. Not together with the intervals,
+            ``deepcache`` or an ``after_gate`` other than "positive", and it must begin before the gate.
         full_steps: steps that are computed in full after the gate too, with all branches and text, as the last one
             before it is: what is cached is renewed there, and so is the difference that is held. They keep the prompt
             after an early gate, and change nothing before it. Ints are indices, floats in (0, 1) shares of the steps.
@@ -136,8 +136,8 @@ def compile(
     """Gate a diffusers pipeline, and run each phase through torch.compile.
 
     Nothing is compiled before the first generation. Two graphs are compiled for each shape and dtype of the inputs,
-    one for each phase, always whole (``fullgraph=True``); prompts, seeds, schedulers, guidance scales, gates and step
-    counts may change without another. ``sp_interval`` > 1 needs one graph more, ``fi_interval`` > 1 too, and
+    one for each phase, always whole (``fullgraph=True``); prompts, seeds, schedulers, guidance scales above 1, gates
+    and step counts may change without another. ``sp_interval`` > 1 needs one graph more, ``fi_interval`` > 1 too, and
     ``deepcache`` one more for each phase.
 
     Args:
@@ -147,10 +147,10 @@ def compile(
             ``mode`` is given or ``options={"freezing": False}``: it packs the weights for this CPU, and is what makes
             inductor faster than eager there. Packed weights are there once for all phases where they are packed alike;
             weights that change later are noticed, and compiled again. ``"openvino"`` computes by OpenVINO's CPU plugin
-            (not by torch's backend of that name, see `tgate_fx.compiled.openvino`), whose graphs are frozen too;
+            (not by torch's backend of that name, which decomposes attention), whose graphs are frozen too;
             ``options`` are then properties for its ``compile_model``.
-        dynamic: True for graphs that serve all sizes (of PixArt, with ``regional`` only); None or False for graphs of
-            each.
+        dynamic: True for graphs that serve all sizes (of PixArt and Latte, with ``regional`` only); None or False for
+            graphs of each.
         regional: compile the denoiser's repeated blocks, one graph for all that are alike, and run what is between
             them eagerly: compiling takes a fraction of the time, and steps are slower than with whole phases.
             ``freezing`` is then off, since it would bake each block's weights into a graph of its own.

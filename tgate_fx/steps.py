@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -11,6 +12,9 @@ from .errors import UnsupportedError
 from .report import StepClock
 from .schedule import Schedule
 from .step_count import noisiest
+
+# Where a generation ends: `Gated.generation`, its context manager, what is in that, the gated pipeline's call.
+_OUTSIDE_OF_GENERATION = 6
 
 
 class Steps:
@@ -53,6 +57,7 @@ class Steps:
         self._first_timestep: Any = None
         self._loop_from = 0
         self._announced = False
+        self._opened = False
         self.schedule = schedule
         self.begun = 0
         self.loop = 0
@@ -132,11 +137,23 @@ class Steps:
         Raises:
             UnsupportedError: it had fewer, so that the gate, a full step or the last one was not where it was to be.
         """
-        ran, last = self.begun - self._loop_from, self.schedule.last
+        ran, last, gate = self.begun - self._loop_from, self.schedule.last, self.schedule.gate_step
+        self._opened = self._opened or (isinstance(gate, int) and ran > gate)
         if last is not None and ran <= last:
             raise UnsupportedError(
                 f"{type(self._pipe).__name__} ended a loop of {last + 1} steps after {ran}: expected as many as it "
                 "said, which a share of them and a forecast depend on. Give steps as ints, and leave forecast out."
+            )
+
+    def warn_if_never_gated(self) -> None:
+        """Warn, after `check_ran_all`, if no loop came to its gate; one that opens by itself may rightly stay shut."""
+        gate = self.schedule.gate_step
+        if self.begun and isinstance(gate, int) and not self._opened and not self.schedule.off:
+            warnings.warn(
+                f"Nothing was gated: gate_step={gate} was given, counted from 0, and there were "
+                f"{self.begun - self._loop_from} steps. Expected an earlier gate: give a smaller number, a share of "
+                "the steps such as 0.4, or None for no gate.",
+                stacklevel=_OUTSIDE_OF_GENERATION,
             )
 
     def _begin_loop(self, timestep: Any) -> None:

@@ -24,7 +24,9 @@ from .options import GateStep, OutFile, check_gated
 @click.option("--gate-step", type=GateStep(), default=10, show_default=True, help="First gated step, or none.")
 @click.option("--sp-interval", default=1, show_default=True, help="Of self-attention, before the gate.")
 @click.option("--fi-interval", default=1, show_default=True, help="Of self-attention, from the gate on.")
-@click.option("--warm-up", default=0, show_default=True, help="First step whose self-attention is cached.")
+@click.option(
+    "--warm-up", default=0, show_default=True, help="Last step up to which self-attention is always computed."
+)
 @click.option("--deepcache", type=(int, int), metavar="INTERVAL BRANCH", help="Skip the UNet's deep branch.")
 @click.option("--after-gate", type=click.Choice(AFTER_GATE), default="negative", show_default=True)
 @click.option(
