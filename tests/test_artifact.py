@@ -22,7 +22,7 @@ from typing import Any
 import accelerate
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 
@@ -33,12 +33,13 @@ from tests.test_compile import relative_error
 from tests.test_frozen_weights import Scaled
 from tests.test_refusals import says
 from tests.zoo import entry_of
-from tgate_fx.artifact import fingerprint, weights_file
+from tgate_fx.artifact import fingerprint, packaged, weights_file
 from tgate_fx.artifact import manifest as manifest_module
 from tgate_fx.artifact import save as save_module
 from tgate_fx.artifact.contents import check
 from tgate_fx.artifact.packaged import weights_of
 from tgate_fx.compiled.settings import CompileSettings
+from tgate_fx.gated import Gated
 from tgate_fx.schedule import Schedule
 
 SIZE = {"height": 16, "width": 16}
@@ -121,6 +122,44 @@ def test_it_generates_in_another_process_that_compiles_nothing(artifact: Path, t
     kwargs = {**tiny.inputs("sd"), **SIZE, "num_inference_steps": 5}
     expected = tiny.latents(tgate_fx.load(made(), artifact), **kwargs).double().sum().item()
     assert float(result.stdout) == expected
+
+
+def test_packages_are_compiled_for_dense_latents(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A channels-last VAE gives others, and a package does not look at how its inputs are laid out."""
+
+    class EnoughError(Exception):
+        pass
+
+    def traced(_: Any, example: Any) -> Any:
+        layouts.append(example.inputs["sample"].is_contiguous())
+        raise EnoughError
+
+    monkeypatch.setattr(save_module, "trace", traced)
+    layouts: list[bool] = []
+    pipe = StableDiffusionImg2ImgPipeline(**made().components, requires_safety_checker=False)
+    pipe.vae.to(memory_format=torch.channels_last)
+    pipe.set_progress_bar_config(disable=True)
+    tgate_fx.compile(pipe, 2)
+    with pytest.raises(EnoughError):
+        tgate_fx.save(pipe, tmp_path / "artifact", prompt="a cat", image=torch.rand(1, 3, 16, 16), strength=1.0)
+    example = Gated.of(pipe).runs[0].examples["pre-gate"]  # type: ignore[union-attr]
+    assert not example.inputs["sample"].is_contiguous()
+    assert layouts == [True]
+
+
+def test_packages_are_given_what_they_were_compiled_for() -> None:
+    """Inputs are dense, on one device and at addresses of 16 bytes, as zeros in their place were."""
+    second = torch.arange(9.0)[1:]
+    last = torch.rand(1, 4, 8, 8).to(memory_format=torch.channels_last)
+    assert second.data_ptr() % 16
+    for given in (second, last):
+        got = packaged._as_compiled(given, torch.device("cpu"))
+        assert torch.equal(got, given)
+        assert got.is_contiguous()
+        assert got.data_ptr() % 16 == 0
+    assert packaged._as_compiled(second, torch.device("meta")).is_meta
+    dense = torch.rand(8)
+    assert packaged._as_compiled(dense, torch.device("cpu")) is dense
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from torch import nn
 from ..compiled.frozen_weights import FrozenWeights, can_be_read
 from ..compiled.guard_policy import check_no_global_hooks, runs_only_known_code
 from ..errors import StateError, UnsupportedError
-from ..inputs import canonical, latents_of, tensors_in
+from ..inputs import canonical, latents_of, map_tensors, tensors_in
 from ..network import Network
 from ..phase_graph import DENOISER
 from ..phases import Phases
@@ -24,6 +25,8 @@ from . import fingerprint
 from .private import LoadedPackage, Structure
 
 Inputs = Mapping[str, Any]
+
+_ALIGNMENT = 16  # bytes, of inductor's inputs on a GPU
 
 
 @dataclass(frozen=True)
@@ -114,8 +117,7 @@ class PackagedPhases(Phases):
             self._check()
             self._checked = self._checks_once
         inputs, signature = canonical(inputs)
-        name, latents = latents_of(inputs)
-        inputs[name] = latents.contiguous()
+        inputs = map_tensors(functools.partial(_as_compiled, device=latents_of(inputs)[1].device), inputs)
         key = (step.roles, signature, *map(len, cache))
         package = self._by_signature.get(key)
         if package is None:
@@ -226,6 +228,15 @@ def weights_of(denoiser: nn.Module) -> dict[str, torch.Tensor]:
     """Return a denoiser's parameters and buffers by their names in packages, under each if they have several."""
     named = (denoiser.named_parameters, denoiser.named_buffers)
     return {name: tensor for each in named for name, tensor in each(prefix=DENOISER, remove_duplicate=False)}
+
+
+def _as_compiled(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a tensor as packages were compiled for all of them: dense, on one device, and at an aligned address.
+
+    Code for a GPU logs each unaligned one, and copies it. The second of two rows is one.
+    """
+    tensor = tensor.to(device).contiguous()
+    return tensor.clone() if tensor.data_ptr() % _ALIGNMENT else tensor
 
 
 def sorted_by_name(inputs: Inputs) -> dict[str, Any]:

@@ -137,11 +137,13 @@ class LoadedPackage:
 
     ``torch._inductor.aoti_load_package`` would first compile programs to see which instructions there are, for a
     warning: 9 s where torch's caches are empty, and not without a C++ compiler. Calling what it returns would read both
-    structures as text again, at every step.
+    structures as text again, at every step. The package runs for one thread at a time: any other run waits on a GPU for
+    the one before it.
     """
 
     def __init__(self, package: Path) -> None:
-        loader = torch._C._aoti.AOTIModelPackageLoader(str(package), "model", False, 1, -1)
+        one_thread, runners, current_device = True, 1, -1
+        loader = torch._C._aoti.AOTIModelPackageLoader(str(package), "model", one_thread, runners, current_device)
         self._model = find("torch.export.pt2_archive._package").AOTICompiledModel(loader)
         self.run: Callable[[list[torch.Tensor]], list[torch.Tensor]] = loader.run
 

@@ -15,6 +15,7 @@ import torch
 from ..compiled import private
 from ..errors import ArgumentError, CompileError
 from ..gated import Gated
+from ..inputs import map_tensors
 from ..network import Network
 from ..phase_graph import trace
 from ..phases import EagerPhases, Example
@@ -150,7 +151,8 @@ def _compile(
     network: Network, example: Example, options: dict[str, Any], package: Path, writer: WeightsWriter
 ) -> dict[str, Any]:
     """Compile one phase into a package; return the manifest's entry for it."""
-    graph = trace(network, example._replace(inputs=sorted_by_name(example.inputs)))
+    dense = map_tensors(torch.Tensor.contiguous, example.inputs)  # as packages are run: a VAE may give other latents
+    graph = trace(network, example._replace(inputs=sorted_by_name(dense)))
     arguments = graph.arguments()
     with torch.no_grad(), private.compile_lock():
         results = aot.Structure.of(graph.module(*arguments))
