@@ -11,11 +11,13 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tgate_fx
 from tests import tiny
 from tests.conftest import CountingBackend
 from tests.test_compile import relative_error
+from tgate_fx.compiled.lora_scales import LoraScales
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")
@@ -228,6 +230,28 @@ def test_looking_at_a_pipeline_leaves_the_scales_as_they_are(looks: str, scale: 
     assert torch.equal(run(pipe, cross_attention_kwargs={"scale": scale}), scaled)
     tgate_fx.restore(pipe)
     assert set(scales(pipe)) == {0.5}
+
+
+def test_scales_are_copied_only_where_a_call_gives_one() -> None:
+    """With a callback they are looked at before every step, where each copy is a launch on a GPU."""
+
+    class Clones(TorchDispatchMode):
+        number = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.number += func is torch.ops.aten.clone.default
+            return func(*args, **(kwargs or {}))
+
+    pipe = with_lora()
+    held = LoraScales(pipe.unet)
+    held.begin(may_change=True)
+    for inputs, copies in (({}, 0), (SCALED, len(scales(pipe))), ({}, 0)):
+        with Clones() as clones:
+            held.put(inputs, torch.device("cpu"))
+            held.take_out()
+        assert clones.number == copies
+        assert set(map(float, scales(pipe))) == {1.0}
+    held.give_back()
 
 
 def test_a_calls_scale_is_not_for_others_who_share_the_denoiser() -> None:

@@ -34,7 +34,7 @@ class LoraScales:
         self._tensors: dict[tuple[nn.Module, str], torch.Tensor] = {}
         self._numbers: dict[tuple[nn.Module, str], float] = {}  # what was there before
         self._scaled: list[torch.Tensor] = []  # what the scale that a call gives is for
-        self._own: list[torch.Tensor] = []  # what these are without it
+        self._own: list[torch.Tensor] = []  # what these are without it, once one is given
         self._factor: Any = 1.0
         self._is_due = False
         self._may_change = False
@@ -56,6 +56,8 @@ class LoraScales:
             return inputs
         self._factor, inputs = _without_scale(inputs)
         if self._factor != 1.0 and self._scaled:
+            if not self._own:
+                self._own = [tensor.clone() for tensor in self._scaled]
             multiply_each(self._scaled, self._factor)
         return inputs
 
@@ -95,7 +97,7 @@ class LoraScales:
                 scaled.append(tensor)
         self._tensors = kept
         self._numbers = {key: number for key, number in self._numbers.items() if key in kept}
-        self._scaled, self._own = scaled, [tensor.clone() for tensor in scaled]
+        self._scaled, self._own = scaled, []
 
 
 def _scales(denoiser: nn.Module) -> Iterator[tuple[str, nn.Module, str, Any]]:
