@@ -446,6 +446,11 @@ def test_settings_that_torch_does_not_take_are_refused_at_once(given: dict[str, 
     tgate_fx.compile(pipe, 2, backend="eager")
 
 
+def test_torchs_backend_of_bare_cuda_graphs_is_refused() -> None:
+    with pytest.raises(tgate_fx.UnsupportedError, match=says("cudagraphs", "overwrite", 'mode="reduce-overhead"')):
+        tgate_fx.compile(tiny.make("sd-small"), 2, backend="cudagraphs")
+
+
 @pytest.mark.parametrize(
     ("settings", "device", "options"),
     [

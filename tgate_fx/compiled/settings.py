@@ -45,8 +45,13 @@ class CompileSettings:
     regional: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse what torch.compile does not take, and what OpenVINO and regions cannot do."""
+        """Refuse what torch.compile does not take, and what OpenVINO, regions and torch's cudagraphs cannot do."""
         self._check_kinds()
+        if self.backend == "cudagraphs":
+            raise UnsupportedError(
+                'backend="cudagraphs" was given, whose replays overwrite what they gave before: expected CUDA graphs '
+                'of inductor, whose results are copied in time. Give mode="reduce-overhead" in place of it.'
+            )
         if isinstance(self.backend, str) and self.backend != "openvino":
             self._check_by_torch(self.backend)
         if self.regional and (self.options or {}).get("freezing"):
