@@ -20,6 +20,12 @@ from tgate_fx.inputs import map_tensors
 pytestmark = [
     pytest.mark.cuda,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with CUDA"),
+    # By torch itself, of float32 on a GPU that has faster kinds, of Lumina's complex rotary embeddings, of how
+    # `test_nothing_waits_for_the_gpu` looks, and of AOTInductor's structures.
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*prototype feature:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.*:FutureWarning"),
 ]
 
 GATE = 2

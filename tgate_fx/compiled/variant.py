@@ -28,7 +28,7 @@ from .image_scales import ImageScales
 from .lora_scales import LoraScales
 from .settings import CompileSettings
 
-# All CUDA graphs that were first run in one thread share their memory, whichever thread replays them.
+# All CUDA graphs that were first run in one thread share their memory, and until torch 2.13 any thread may replay them.
 _REPLAYS = threading.RLock()
 
 
