@@ -446,6 +446,28 @@ def test_settings_that_torch_does_not_take_are_refused_at_once(given: dict[str, 
     tgate_fx.compile(pipe, 2, backend="eager")
 
 
+@pytest.mark.filterwarnings("ignore:.*callback:FutureWarning")
+@pytest.mark.parametrize(("name", "given"), [("callback", {"callback_steps": 1}), ("callback_on_step_end", {})])
+def test_what_a_callback_changes_counts_from_the_next_step_on(
+    name: str, given: dict[str, Any], backend: CountingBackend
+) -> None:
+    """diffusers' older callback too."""
+    call = {**tiny.inputs("sd-small"), "num_inference_steps": 7}
+    results = []
+    for put in (tgate_fx.gate, lambda *args: tgate_fx.compile(*args, backend=backend)):
+        pipe = put(tiny.make("sd-small"), 2)
+
+        def turn_on(*args: Any, pipe: Any = pipe) -> dict[str, Any]:
+            if args[0 if name == "callback" else 1] == 3:
+                pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+            return {}
+
+        without = tiny.latents(pipe, **call)
+        results.append(tiny.latents(pipe, **call, **{name: turn_on}, **given))
+        assert not torch.equal(results[-1], without)
+    assert torch.equal(*results)
+
+
 def test_torchs_backend_of_bare_cuda_graphs_is_refused() -> None:
     with pytest.raises(tgate_fx.UnsupportedError, match=says("cudagraphs", "overwrite", 'mode="reduce-overhead"')):
         tgate_fx.compile(tiny.make("sd-small"), 2, backend="cudagraphs")

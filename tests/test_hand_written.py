@@ -221,6 +221,52 @@ def test_a_loop_may_write_to_what_it_is_given(rule: dict[str, Any], how: str) ->
     assert relative_error(results[1], results[0]) < 1e-5
 
 
+def spoiled(outputs: list[torch.Tensor], *, spoils: bool) -> None:
+    for output in outputs if spoils else ():
+        output.fill_(float("nan"))
+
+
+@pytest.mark.parametrize("guided", [True, False])
+@pytest.mark.parametrize("forecast", [2, 4])
+def test_no_output_that_a_loop_was_given_is_read_again(guided: bool, forecast: int) -> None:
+    results = []
+    for spoils in (False, True):
+        pipe = tgate_fx.gate(tiny.make("sd-small"), GATE, forecast=forecast)
+        x, text = start(pipe), texts(pipe)
+        pipe.scheduler.set_timesteps(8)
+        with torch.no_grad(), tgate_fx.generation(pipe, 8, guided=guided):
+            for t in pipe.scheduler.timesteps:
+                rows, said = (torch.cat([x, x]), text) if guided else (x, text[1:])
+                output = pipe.unet(rows, t, said).sample
+                x = pipe.scheduler.step(output[-1:] + 3.0 * (output[-1:] - output[:1]), t, x).prev_sample
+                spoiled([output], spoils=spoils)
+        results.append(x)
+    assert torch.isfinite(results[0]).all()
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("guided", [True, False])
+@pytest.mark.parametrize("forecast", [2, 4])
+def test_no_output_of_separate_calls_is_read_again(guided: bool, forecast: int) -> None:
+    entry = entry_of("WanPipeline")
+    inputs = entry.inputs()
+    results = []
+    for spoils in (False, True):
+        pipe = tgate_fx.gate(entry.make(), GATE, forecast=forecast)
+        x = noise(1, 16, 2, 2, 2)
+        said = [inputs["prompt_embeds"], inputs["negative_prompt_embeds"]][: 1 + guided]
+        pipe.scheduler.set_timesteps(8)
+        with torch.no_grad(), tgate_fx.generation(pipe, 8, guided=guided):
+            for t in pipe.scheduler.timesteps:
+                timestep = t.expand(1)
+                outputs = [pipe.transformer(x, timestep, text, return_dict=False)[0] for text in said]
+                x = pipe.scheduler.step(outputs[0] + 3.0 * (outputs[0] - outputs[-1]), t, x).prev_sample
+                spoiled(outputs, spoils=spoils)
+        results.append(x)
+    assert torch.isfinite(results[0]).all()
+    assert torch.equal(*results)
+
+
 def test_a_loop_may_write_to_its_timesteps() -> None:
     """The level of noise at the last full step is that of the timestep as it was then."""
     results = []

@@ -77,6 +77,41 @@ def test_each_loop_is_gated_anew(gate: float, backend: CountingBackend) -> None:
     assert len(backend.graphs) == 4  # two phases of two sizes
 
 
+class TwiceTheSame(StableDiffusionPipeline):
+    """Goes on from an image with another of its size."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        latents = super().__call__(*args, **kwargs)[0]
+        return super().__call__(*args, **{**kwargs, "latents": latents})
+
+
+RULES: dict[str, dict[str, Any]] = {
+    "forecast": {"forecast": 2},
+    "guided": {"after_gate": "guided", "cache_weight": 1.0, "forecast": 2},
+    "full steps": {"gate_step": 1, "full_steps": (3,)},
+    "window": {"gate_step": None, "guidance": (0, 2)},
+    "deep branch in a straight line": {"deepcache": tgate_fx.DeepCache(2, 0, order=1)},
+    "auto": {"gate_step": tgate_fx.AutoGate(0.999)},
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_begins_anew_in_each_loop(rule: str) -> None:
+    settings = {"gate_step": 2, **RULES[rule]}
+    call = {**CALL, "num_inference_steps": 6, "height": 16, "width": 16}
+    one = tgate_fx.gate(tiny.sd(), **settings)
+    first = tiny.latents(one, **call)
+    opened = [tgate_fx.report(one).gate]
+    expected = tiny.latents(one, **call, latents=first)
+    opened.append(tgate_fx.report(one).gate)
+    assert rule != "auto" or opened[0] != opened[1]
+    pipe = TwiceTheSame(**tiny.sd().components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    tgate_fx.gate(pipe, **settings)
+    assert torch.equal(tiny.latents(pipe, **call), expected)
+    assert not torch.equal(tiny.latents(pipe, **call, gate_step=None, guidance=None), expected)
+
+
 class LargerVideo(WanPipeline):
     """Generates a small video, then another one of twice the size from it; each guides in separate calls."""
 

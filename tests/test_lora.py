@@ -14,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tgate_fx
-from tests import tiny
+from tests import oracle, tiny
 from tests.conftest import CountingBackend
 from tests.test_compile import relative_error
 from tgate_fx.compiled.lora_scales import LoraScales
@@ -43,6 +43,14 @@ def load(pipe: Any, name: str, seed: int = 1, **settings: Any) -> None:
 
 def run(pipe: Any, **changes: Any) -> torch.Tensor:
     return tiny.latents(pipe, **KWARGS, **changes)
+
+
+def by_hooks(plain: Any) -> torch.Tensor:
+    """Generate with the gate written down in plain hooks."""
+    network = oracle.Network(plain.unet, [site.name for site in tgate_fx.sites(plain)])
+    steps = KWARGS["num_inference_steps"]
+    result: torch.Tensor = oracle.gated([network], lambda: run(plain), GATE, "batch", keep="negative", steps=steps)
+    return result
 
 
 def scales(pipe: Any) -> list[Any]:
@@ -80,10 +88,9 @@ def test_every_event_is_exact(how: str) -> None:
     for event in EVENTS:
         event(plain)
         event(pipe)
-        tgate_fx.gate(plain, GATE)
         results.append(run(pipe))
-        assert relative_error(results[-1], run(plain)) < 1e-5
-        tgate_fx.restore(plain)
+        assert relative_error(results[-1], by_hooks(plain)) < 1e-6
+    assert relative_error(results[-1], run(plain)) > 1e-5  # which is ungated
     assert not torch.equal(results[0], before)
     assert relative_error(results[-1], before) < 1e-5  # fusing and unfusing rounds
 
@@ -187,6 +194,21 @@ def test_an_error_leaves_every_scale_as_it_was() -> None:
     with pytest.raises(RuntimeError, match="in the middle"):
         run(pipe, callback_on_step_end=callback, cross_attention_kwargs={"scale": 0.5})
     assert [float(scale) for scale in scales(pipe)] == before
+    assert torch.equal(run(pipe), expected)
+
+
+def test_an_error_within_a_step_leaves_every_scale_as_it_was() -> None:
+    """There the scale that the call gives is in its place."""
+    pipe = tgate_fx.compile(with_lora(), GATE, backend="eager")
+    before, expected = scales(pipe), run(pipe)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("in the middle")
+
+    failing = oracle.hooked(pipe.unet.mid_block.register_forward_pre_hook(fail))
+    with failing, pytest.raises(RuntimeError, match="in the middle"):
+        run(pipe, **SCALED)
+    assert list(map(float, scales(pipe))) == before
     assert torch.equal(run(pipe), expected)
 
 

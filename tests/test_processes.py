@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +75,23 @@ def test_a_gated_pipeline_is_not_sent_to_a_worker() -> None:
         pool.apply(type, (compiled(),))
 
 
+def test_generations_of_two_pipelines_run_at_once() -> None:
+    pipes = [tgate_fx.gate(tiny.make("sd-small"), gate_step=2) for _ in range(2)]
+    expected = tiny.latents(pipes[0], **tiny.inputs("sd-small"), num_inference_steps=4)
+    met = threading.Barrier(2, timeout=60)
+
+    def meet(pipe: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        met.wait()
+        return {}
+
+    call = {**tiny.inputs("sd-small"), "num_inference_steps": 4, "callback_on_step_end": meet}
+    with ThreadPoolExecutor(2) as pool:
+        for got in pool.map(lambda pipe: tiny.latents(pipe, **call), pipes):
+            assert torch.equal(got, expected)
+
+
 @pytest.mark.slow
-def test_pipelines_in_two_threads_compile_and_run_at_once() -> None:
+def test_pipelines_in_two_threads_compile_at_once() -> None:
     expected = [generate(tgate_fx.gate(tiny.make("sd-small"), gate_step=2), seed) for seed in range(2)]
     backends = [CountingBackend(), CountingBackend()]
     pipes = [tgate_fx.compile(tiny.make("sd-small"), gate_step=2, backend=backend) for backend in backends]

@@ -15,7 +15,9 @@ from torch import nn
 
 import tgate_fx
 from tests import oracle, tiny
+from tgate_fx.pipeline_guidance import check_known_guidance
 from tgate_fx.rows import Rows
+from tgate_fx.schedule import Schedule
 
 KWARGS = {**tiny.inputs("sd"), "num_inference_steps": 5}
 
@@ -87,6 +89,26 @@ def test_what_is_not_gated(pipe: Any) -> None:
     tgate_fx.restore(pipe)
     with pytest.raises(RuntimeError, match="is not gated"):
         tgate_fx.restore(pipe)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "what"),
+    [
+        ("StableDiffusionSAGPipeline", "self-attention guidance"),
+        ("StableDiffusionPanoramaPipeline", "views of a panorama"),
+        ("StableDiffusionParadigmsPipeline", "parallel sampling"),
+        ("TextToVideoZeroPipeline", "attention across frames"),
+        ("StableDiffusionAttendAndExcitePipeline", "Attend-and-Excite"),
+        ("StableDiffusionPix2PixZeroPipeline", "attention maps of every step"),
+        ("LEditsPPPipelineStableDiffusion", "LEDITS++"),
+        ("StableDiffusionGLIGENTextImagePipeline", "grounding by images"),
+    ],
+)
+def test_pipelines_that_guide_in_another_way(pipeline: str, what: str) -> None:
+    cls = getattr(diffusers, pipeline)
+    parameters = inspect.signature(cls.__call__).parameters
+    with pytest.raises(tgate_fx.UnsupportedError, match=says(what)):
+        check_known_guidance(cls.__new__(cls), parameters, Schedule(2, after_gate="negative"))
 
 
 class NoDenoiser(diffusers.DiffusionPipeline):

@@ -15,6 +15,7 @@ import tgate_fx
 from benchmarks import overhead
 from tests import tiny
 from tests.test_refusals import says
+from tests.zoo import entry_of
 from tgate_fx.gated import Gated
 
 
@@ -61,6 +62,19 @@ def test_a_gate_that_is_never_reached_is_a_warning(steps: int) -> None:
     with pytest.warns(UserWarning, match=message) as said:
         by_hand()
     assert said[0].filename == __file__
+
+
+def test_the_networks_of_two_denoisers_are_named() -> None:
+    entry = entry_of("WanPipeline 2.2 14B")
+    pipe = tgate_fx.gate(entry.make(), 2)
+    entry.run(pipe)
+    report = tgate_fx.report(pipe)
+    names = [step.network for step in report.steps]
+    assert set(names) == {"transformer", "transformer_2"}
+    assert names == sorted(names)
+    assert "transformer_2 post-gate" in str(report)
+    phases = [f"{name} {phase}" for name in dict.fromkeys(names) for phase in ("pre-gate", "post-gate")]
+    assert list(tgate_fx.graphs(pipe)) == phases
 
 
 def test_what_is_not_gated_on_purpose_is_no_warning() -> None:

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any
 
 import diffusers
@@ -67,14 +68,36 @@ def test_an_error_in_the_scheduler_or_the_denoiser_leaves_nothing_behind(
         with tgate_fx.disabled(pipe):
             assert torch.equal(tiny.latents(pipe, **KWARGS), ungated)
         assert torch.equal(tiny.latents(pipe, **KWARGS), expected)
-        assert pipe.guidance_rescale == 0.0
         assert pipe.num_timesteps == 6
 
 
-def test_guidance_rescale_is_the_pipelines_own_between_generations() -> None:
+@pytest.mark.parametrize("fails", [False, True])
+def test_guidance_rescale_is_the_pipelines_own_between_generations(fails: bool) -> None:
     pipe = tgate_fx.gate(tiny.make("sd-small"), 2)
-    tiny.latents(pipe, **KWARGS, guidance_rescale=0.7)
+
+    def after_a_gated_step(pipe: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        if fails and index == 3:
+            raise ArithmeticError("stop")
+        return {}
+
+    with pytest.raises(ArithmeticError) if fails else nullcontext():
+        tiny.latents(pipe, **KWARGS, guidance_rescale=0.7, callback_on_step_end=after_a_gated_step)
     assert pipe.guidance_rescale == 0.7
+
+
+def test_the_gate_is_off_until_the_last_disabled_ends_and_after_an_error_on() -> None:
+    pipe = tgate_fx.gate(tiny.make("sd-small"), 2)
+    ungated, gated = tiny.latents(pipe, **KWARGS, gate_step=None), tiny.latents(pipe, **KWARGS)
+    assert not torch.equal(ungated, gated)
+    with pytest.raises(ArithmeticError), tgate_fx.disabled(pipe):
+        raise ArithmeticError("stop")
+    assert torch.equal(tiny.latents(pipe, **KWARGS), gated)
+    with tgate_fx.disabled(pipe):
+        with tgate_fx.disabled(pipe):
+            pass
+        with ThreadPoolExecutor(1) as pool:
+            assert torch.equal(pool.submit(tiny.latents, pipe, **KWARGS).result(), ungated)
+    assert torch.equal(tiny.latents(pipe, **KWARGS), gated)
 
 
 @pytest.mark.parametrize("how", tiny.slow_but(("gate",), HOW))

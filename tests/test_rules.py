@@ -19,6 +19,8 @@ from tests.test_families import by_hooks as by_hooks_of_entry
 from tests.test_refusals import says
 from tests.zoo import adapters, controlnet, entry_of
 from tgate_fx.forecast import Forecast
+from tgate_fx.gated import Gated
+from tgate_fx.roles import Kind
 
 GATE = 3
 STEPS = 9
@@ -60,6 +62,60 @@ def test_weights_of_the_branches(weight: float, gate: int) -> None:
     assert torch.equal(generate(pipe), mean)
     tgate_fx.restore(pipe)
     assert relative_error(generate(tgate_fx.gate(pipe, gate, cache_weight=weight)), expected) < 1e-6
+
+
+def test_the_weight_is_that_of_cached_self_attention_too() -> None:
+    pipe = tiny.sd()
+    names = [name for name, _ in pipe.unet.named_modules() if name.endswith("attn1")]
+    seen: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+    with oracle.hooked(
+        *(
+            pipe.unet.get_submodule(name).register_forward_hook(lambda _, args, out, to=seen[name]: to.append(out))
+            for name in names
+        )
+    ):
+        generate(pipe)
+
+    def stop_at_the_first_gated_step(pipe: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        pipe._interrupt = index == GATE + 1
+        return {}
+
+    tgate_fx.gate(pipe, GATE + 1, cache_weight=1.0, fi_interval=3)
+    generate(pipe, callback_on_step_end=stop_at_the_first_gated_step)
+    cached = Gated.of(pipe).runs[0]._cached[0][Kind.SELF_ATTENTION]  # type: ignore[union-attr]
+    assert names
+    for name, value in zip(names, cached, strict=True):
+        assert torch.equal(value, seen[name][GATE].chunk(2)[1])
+
+
+@pytest.mark.parametrize("name", ["Kandinsky3Pipeline", "LuminaPipeline", "HunyuanDiTPipeline"])
+def test_where_text_enters_in_another_way_too_the_conditional_branch_goes_on_by_default(name: str) -> None:
+    entry = zoo.entry_of(name)
+    pipe = tgate_fx.gate(entry.make(), 2, **entry.settings)
+    got = entry.run(pipe)
+    assert torch.equal(got, entry.run(pipe, after_gate="positive"))
+    assert not torch.equal(got, entry.run(pipe, after_gate="negative"))
+
+
+def test_a_generation_that_never_gates_holds_no_difference() -> None:
+    """Of which nothing is known where the model predicts the picture."""
+    pipe = tiny.sd()
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, prediction_type="sample")
+    plain = generate(pipe)
+    tgate_fx.gate(pipe, None, after_gate="guided")
+    assert torch.equal(generate(pipe), plain)
+    with pytest.warns(UserWarning, match="Nothing was gated"):
+        assert torch.equal(generate(pipe, gate_step=STEPS), plain)
+
+
+def test_guidance_goes_on_under_heun_with_velocity() -> None:
+    """It evaluates at levels of noise that its own timesteps have."""
+    pipe = with_velocity("HeunDiscrete")
+    expected = by_hooks(pipe, gate=5, weight=1.0, level=alpha(pipe))
+    tgate_fx.gate(pipe, 5, after_gate="guided", cache_weight=1.0)
+    got = generate(pipe)
+    assert relative_error(got, expected) < 1e-4
+    assert relative_error(generate(pipe, after_gate="positive"), expected) > 1e-3
 
 
 @pytest.mark.parametrize("rule", [{"cache_weight": 1.0}, {"guidance": (0, GATE - 1)}])

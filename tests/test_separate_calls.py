@@ -122,7 +122,8 @@ def test_what_is_cached_is_the_mean_of_both_calls() -> None:
     run(tgate_fx.gate(pipe, GATE))
     first = 2 * (GATE - 1)  # two calls a step
     means = [(seen[name][first] + seen[name][first + 1]) / 2 for name in CROSS]
-    assert all(map(torch.equal, Gated.of(pipe).networks[0].cache.buffers(), means))
+    buffers = Gated.of(pipe).networks[0].cache.buffers()
+    assert all(torch.equal(*pair) for pair in zip(buffers, means, strict=True))
 
 
 # From gate 4 on self-attention is computed at once; at gate 5 what the step before captured of both calls is used.

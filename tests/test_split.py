@@ -133,7 +133,7 @@ def test_each_phase_compiles_to_one_graph(case: Callable[[], Case]) -> None:
         for _ in range(2):
             compiled_output, compiled_cache = compiled_pre(**inputs, return_dict=False)
             assert torch.equal(compiled_output[0], output[0])
-            assert all(map(torch.equal, compiled_cache, cache))
+            assert all(torch.equal(*pair) for pair in zip(compiled_cache, cache, strict=True))
             assert torch.equal(compiled_post(cache, **inputs, return_dict=False)[0], output[0])
     assert len(backend.graphs) == 2
     names = [node.name for node in backend.graphs[1].graph.find_nodes(op="placeholder")]

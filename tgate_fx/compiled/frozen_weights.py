@@ -104,7 +104,9 @@ def _mark(tensor: torch.Tensor) -> _Mark:
 
 
 def _layout(tensor: torch.Tensor) -> tuple[object, ...]:
-    return tensor.data_ptr(), private.version_of(tensor), tensor.dtype, tensor.shape, tensor.stride()
+    # Of a few elements all are read each time, and LoRA layers have scales that are written to at every step.
+    version = None if tensor.is_contiguous() and tensor.numel() <= _GLANCE else private.version_of(tensor)
+    return tensor.data_ptr(), version, tensor.dtype, tensor.shape, tensor.stride()
 
 
 def _first_bits(tensor: torch.Tensor) -> int:
