@@ -515,7 +515,7 @@ def test_mode_and_options_are_handed_to_the_backend() -> None:
         return graph.forward
 
     for extra in ({"mode": "max-autotune"}, {"options": {"level": 3}}, {}):
-        pipe = tgate_fx.compile(tiny.pixart(), gate_step=2, backend=backend, **extra)
+        pipe = tgate_fx.compile(tiny.pixart(), gate_step=None, backend=backend, **extra)
         tiny.latents(pipe, **tiny.pixart_inputs(), num_inference_steps=2)
     assert seen == [{"mode": "max-autotune"}, {"options": {"level": 3}}, {}]
 

@@ -72,18 +72,18 @@ def test_every_pipeline_gives_the_eager_result_under_replay(
     assert copies_of(replay, "timestep") > 0
 
 
-@pytest.mark.slow
 def test_each_step_is_marked(replay: ReplayBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that torch knows that the outputs of the step before are not read any more."""
     marks: list[int] = []
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marks.append(0))
     pipe = compiled("sd-small", replay)
-    for _ in range(2):
+    for _ in range(2):  # the first one compiles
         marks.clear()
         tiny.latents(pipe, **tiny.inputs("sd-small"), num_inference_steps=5)
-        assert len(marks) == 5
+    assert len(marks) == 5
 
 
+@pytest.mark.slow
 def test_two_shapes_taking_turns_keep_their_addresses(replay: ReplayBackend) -> None:
     pipe = compiled("sd-small", replay)
     eager = tgate_fx.gate(tiny.make("sd-small"), gate_step=3)

@@ -135,6 +135,7 @@ def test_a_scale_of_each_frame_is_read_again_when_it_changes() -> None:
         assert not is_on()
 
 
+@pytest.mark.filterwarnings("ignore:Nothing was gated:UserWarning")
 @pytest.mark.parametrize("gate", tiny.slow_but((1, 4), (1, 2, 4, 6)))
 @pytest.mark.parametrize("guidance", [{}, {"min_guidance_scale": 2.0, "max_guidance_scale": 6.0}])
 def test_stable_video_diffusion(gate: int, guidance: dict[str, float]) -> None:
@@ -325,6 +326,7 @@ def test_freeu_works_on_a_deep_branch_s_tensor_once(family: str, branch: int) ->
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Nothing was gated:UserWarning")
 @pytest.mark.parametrize("stance", ["default", "eager_on_recompile"])
 def test_freeu_and_deepcache_compiled(stance: str, backend: CountingBackend) -> None:
     kwargs = {**tiny.inputs("sd"), "num_inference_steps": 5}

@@ -19,6 +19,7 @@ from tests.zoo import adapters, controlnet, generator
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Nothing was gated:UserWarning")
 def test_nothing_recompiles_moves_grows_or_differs() -> None:
     def make() -> Any:
         return tiny.make("sd-small")
@@ -96,6 +97,7 @@ def fail(pipe: Any, case: Case) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Nothing was gated:UserWarning")
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")
 def test_a_hundred_generations_with_everything_that_people_add(backend: CountingBackend) -> None:
     rng = random.Random(0)
