@@ -117,7 +117,7 @@ class PackagedPhases(Phases):
             self._check()
             self._checked = self._checks_once
         inputs, signature = canonical(inputs)
-        inputs = map_tensors(functools.partial(_as_compiled, device=latents_of(inputs)[1].device), inputs)
+        inputs = as_compiled(inputs)
         key = (step.roles, signature, *map(len, cache))
         package = self._by_signature.get(key)
         if package is None:
@@ -230,11 +230,16 @@ def weights_of(denoiser: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor for each in named for name, tensor in each(prefix=DENOISER, remove_duplicate=False)}
 
 
-def _as_compiled(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return a tensor as packages were compiled for all of them: dense, on one device, and at an aligned address.
+def as_compiled(inputs: Inputs) -> dict[str, Any]:
+    """Return inputs as packages are compiled for them: each is dense, on the latents' device, at an aligned address.
 
-    Code for a GPU logs each unaligned one, and copies it. The second of two rows is one.
+    A VAE may give other latents. Code for a GPU logs and copies each unaligned input: the second of two rows is one.
     """
+    result: dict[str, Any] = map_tensors(functools.partial(_as_compiled, device=latents_of(inputs)[1].device), inputs)
+    return result
+
+
+def _as_compiled(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     tensor = tensor.to(device).contiguous()
     return tensor.clone() if tensor.data_ptr() % _ALIGNMENT else tensor
 

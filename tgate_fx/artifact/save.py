@@ -15,7 +15,6 @@ import torch
 from ..compiled import private
 from ..errors import ArgumentError, CompileError
 from ..gated import Gated
-from ..inputs import map_tensors
 from ..network import Network
 from ..phase_graph import trace
 from ..phases import EagerPhases, Example
@@ -23,6 +22,7 @@ from ..warmup import call_for, reach_every_phase
 from . import caches, fingerprint, manifest
 from . import private as aot
 from .packaged import (
+    as_compiled,
     check_dense,
     check_no_autocast,
     check_not_offloaded,
@@ -151,8 +151,7 @@ def _compile(
     network: Network, example: Example, options: dict[str, Any], package: Path, writer: WeightsWriter
 ) -> dict[str, Any]:
     """Compile one phase into a package; return the manifest's entry for it."""
-    dense = map_tensors(torch.Tensor.contiguous, example.inputs)  # as packages are run: a VAE may give other latents
-    graph = trace(network, example._replace(inputs=sorted_by_name(dense)))
+    graph = trace(network, example._replace(inputs=sorted_by_name(as_compiled(example.inputs))))
     arguments = graph.arguments()
     with torch.no_grad(), private.compile_lock():
         results = aot.Structure.of(graph.module(*arguments))
