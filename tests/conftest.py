@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import copy
 import gc
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
 from tests.zoo import IS_OLD
 from tgate_fx import commands
+from tgate_fx.compiled.settings import CompileSettings
 
 collect_ignore = ["test_settings.py"] if IS_OLD else []  # of pipelines that an older diffusers lacks
 
@@ -71,3 +74,10 @@ def check_refused(
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1
+
+
+@pytest.fixture
+def freezing(backend: CountingBackend, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A backend whose graphs hold weights: Dynamo takes these as constants, and it copies them as inductor does."""
+    monkeypatch.setattr(CompileSettings, "freezes", lambda *_: True)
+    return lambda graph, inputs: backend(copy.deepcopy(graph), inputs)

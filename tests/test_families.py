@@ -159,6 +159,7 @@ def turns_guidance_off(pipe: Any, step: int, timestep: Any, kwargs: dict[str, An
     return {}
 
 
+# Written out: what the package's own list forgot would be missing here too.
 DECIDE_ONCE = (
     "AceStepPipeline",
     "AllegroPipeline",

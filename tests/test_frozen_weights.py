@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from diffusers.callbacks import IPAdapterScaleCutoffCallback
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import nn
 
 import tgate_fx
-from tests import test_ip_adapter, test_lora, tiny
+from tests import tiny
 from tests.conftest import CountingBackend
-from tests.test_compile import relative_error
 from tgate_fx.compiled.checksum import checksum
 from tgate_fx.compiled.frozen_weights import FrozenWeights
-from tgate_fx.compiled.settings import CompileSettings
 
 
 def held(module: nn.Module) -> FrozenWeights:
@@ -227,13 +223,6 @@ def test_a_weight_that_cannot_be_read_is_refused(kind: str) -> None:
     assert not weights.changed()
 
 
-@pytest.fixture
-def freezing(backend: CountingBackend, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A backend whose graphs hold weights: Dynamo takes these as constants, and it copies them as inductor does."""
-    monkeypatch.setattr(CompileSettings, "freezes", lambda *_: True)
-    return lambda graph, inputs: backend(copy.deepcopy(graph), inputs)
-
-
 class Scaled(AttnProcessor2_0):
     """A processor that keeps weights which no module lists."""
 
@@ -273,39 +262,6 @@ def test_weights_that_no_module_lists_are_followed(change: Callable[[Scaled], No
     after = tiny.latents(pipe, **kwargs)
     assert torch.equal(after, tiny.latents(eager, **kwargs))
     assert not torch.equal(after, before)
-
-
-def test_frozen_graphs_follow_the_scales_of_a_lora(backend: CountingBackend, freezing: Any) -> None:
-    """Each is compiled for once, however often it is written: a call's scale is put in and taken out at every step."""
-    pytest.importorskip("peft")
-    pipe, eager = (test_lora.with_lora() for _ in range(2))
-    tgate_fx.compile(pipe, test_lora.GATE, backend=freezing)
-    tgate_fx.gate(eager, test_lora.GATE)
-    results = []
-    for weight, call, graphs in ((1.0, {}, 2), (0.3, {}, 4), (0.3, test_lora.SCALED, 6)):
-        for each in (pipe, eager):
-            each.set_adapters(["one"], [weight])
-        for changes in ({}, {}, {"callback_on_step_end": lambda *_: {}}):
-            results.append(test_lora.run(pipe, **call, **changes))
-            assert relative_error(results[-1], test_lora.run(eager, **call)) < 1e-6
-            assert len(backend.graphs) == graphs
-            pipe.set_adapters(["one"], [weight])
-    assert relative_error(results[0], results[3]) > 1e-3
-    assert relative_error(results[3], results[6]) > 1e-3
-
-
-def test_frozen_graphs_follow_the_scales_of_an_ip_adapter(freezing: Any) -> None:
-    """Between images and between steps."""
-    pipe, eager = test_ip_adapter.both(freezing, adapters=1)
-    callback = IPAdapterScaleCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=0)
-    results = []
-    for scale, changes in ((1.0, {}), (0.3, {}), (0.3, {"callback_on_step_end": callback})):
-        for each in (pipe, eager):
-            each.set_ip_adapter_scale(scale)
-        results.append(test_ip_adapter.run(pipe, adapters=1, **changes))
-        assert relative_error(results[-1], test_ip_adapter.run(eager, adapters=1, **changes)) < 1e-6
-    assert relative_error(results[0], results[1]) > 1e-4
-    assert relative_error(results[1], results[2]) > 1e-4
 
 
 def test_a_denoiser_with_unreadable_weights_is_refused_before_compiling(

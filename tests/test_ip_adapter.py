@@ -111,3 +111,17 @@ def _failing(module: Any) -> Any:
 def test_halves_are_scaled_as_by_a_number() -> None:
     value = torch.randn(100, generator=torch.Generator().manual_seed(0)).bfloat16()
     assert torch.equal(_Scale(0.3, torch.device("cpu")) * value, 0.3 * value)
+
+
+def test_frozen_graphs_follow_the_scales_of_an_ip_adapter(freezing: Any) -> None:
+    """Between images and between steps."""
+    pipe, eager = both(freezing, adapters=1)
+    callback = IPAdapterScaleCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=0)
+    results = []
+    for scale, changes in ((1.0, {}), (0.3, {}), (0.3, {"callback_on_step_end": callback})):
+        for each in (pipe, eager):
+            each.set_ip_adapter_scale(scale)
+        results.append(run(pipe, adapters=1, **changes))
+        assert relative_error(results[-1], run(eager, adapters=1, **changes)) < 1e-6
+    assert relative_error(results[0], results[1]) > 1e-4
+    assert relative_error(results[1], results[2]) > 1e-4

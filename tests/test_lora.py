@@ -45,14 +45,6 @@ def run(pipe: Any, **changes: Any) -> torch.Tensor:
     return tiny.latents(pipe, **KWARGS, **changes)
 
 
-def by_hooks(plain: Any) -> torch.Tensor:
-    """Generate with the gate written down in plain hooks."""
-    network = oracle.Network(plain.unet, [site.name for site in tgate_fx.sites(plain)])
-    steps = KWARGS["num_inference_steps"]
-    result: torch.Tensor = oracle.gated([network], lambda: run(plain), GATE, "batch", keep="negative", steps=steps)
-    return result
-
-
 def scales(pipe: Any) -> list[Any]:
     """Each layer's own scale of its first adapter."""
     layers = [module for module in pipe.unet.modules() if hasattr(module, "lora_A")]
@@ -84,12 +76,14 @@ def test_every_event_is_exact(how: str) -> None:
     else:
         tgate_fx.compile(pipe, GATE, backend="eager")
     before = run(pipe)
+    network = oracle.Network(plain.unet, [site.name for site in tgate_fx.sites(plain)])
     results = []
     for event in EVENTS:
         event(plain)
         event(pipe)
         results.append(run(pipe))
-        assert relative_error(results[-1], by_hooks(plain)) < 1e-6
+        by_hooks = oracle.gated([network], lambda: run(plain), GATE, "batch", keep="negative")
+        assert relative_error(results[-1], by_hooks) < 1e-6
     assert relative_error(results[-1], run(plain)) > 1e-5  # which is ungated
     assert not torch.equal(results[0], before)
     assert relative_error(results[-1], before) < 1e-5  # fusing and unfusing rounds
@@ -330,3 +324,21 @@ def test_a_scale_without_a_lora_takes_no_graph(backend: CountingBackend) -> None
     for scale in (0.3, 0.7):
         assert torch.equal(run(pipe, cross_attention_kwargs={"scale": scale}), expected)
     assert len(backend.graphs) == 2
+
+
+def test_frozen_graphs_follow_the_scales_of_a_lora(backend: CountingBackend, freezing: Any) -> None:
+    """Each is compiled for once, however often it is written: a call's scale is put in and taken out at every step."""
+    pipe, eager = (with_lora() for _ in range(2))
+    tgate_fx.compile(pipe, GATE, backend=freezing)
+    tgate_fx.gate(eager, GATE)
+    results = []
+    for weight, call, graphs in ((1.0, {}, 2), (0.3, {}, 4), (0.3, SCALED, 6)):
+        for each in (pipe, eager):
+            each.set_adapters(["one"], [weight])
+        for changes in ({}, {}, {"callback_on_step_end": lambda *_: {}}):
+            results.append(run(pipe, **call, **changes))
+            assert relative_error(results[-1], run(eager, **call)) < 1e-6
+            assert len(backend.graphs) == graphs
+            pipe.set_adapters(["one"], [weight])
+    assert relative_error(results[0], results[3]) > 1e-3
+    assert relative_error(results[3], results[6]) > 1e-3

@@ -68,6 +68,7 @@ def test_an_error_in_the_scheduler_or_the_denoiser_leaves_nothing_behind(
         with tgate_fx.disabled(pipe):
             assert torch.equal(tiny.latents(pipe, **KWARGS), ungated)
         assert torch.equal(tiny.latents(pipe, **KWARGS), expected)
+        assert pipe.guidance_rescale == 0.0
         assert pipe.num_timesteps == 6
 
 
